@@ -1,0 +1,52 @@
+# Everything starts from Python >= 3.10, pip and make. `make` alone lists the targets.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test export clean readme docs preview hooks distclean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(READY)  ## create the environment in .venv (the other targets do so when they need it)
+
+# Installed again whenever what it is made from changes
+$(READY): settings.ini setup.py constraints.txt
+	@command -v "$(PYTHON)" >/dev/null || { echo 'There is no "$(PYTHON)" here: install Python 3.10 or newer, or name yours with "make PYTHON=/path/to/python3".' >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3,10) else "fgsynth needs Python 3.10 or newer, but $(PYTHON) is %d.%d: name a newer one with \"make PYTHON=/path/to/python3\"." % v[:2])'
+	@test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
+	@echo "Installing fgsynth and its developers' tools into $(VENV) (a few minutes the first time) ..."
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'pip>=22.3'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $(READY)
+
+demo: $(READY)  ## the main job on drawn finches: a table, and pictures and report.html in runs/demo
+	$(BIN)/fgsynth_demo --out runs/demo --overwrite
+
+test: $(READY)  ## notebooks and modules agree, all notebooks run, pytest; ends with "N passed, N failed"
+	@$(BIN)/python tools/check.py
+
+export: $(READY)  ## write the modules from the notebooks
+	$(BIN)/nbdev_export
+
+clean: $(READY)  ## strip the notebooks of what does not belong in git
+	$(BIN)/nbdev_clean
+
+readme: $(READY)  ## write README.md and CONTRIBUTING.md from their notebooks (needs no Quarto)
+	$(BIN)/python tools/readme.py
+
+docs: $(READY)  ## build the documentation into _docs (needs Quarto)
+	@command -v quarto >/dev/null || { echo 'The documentation is built by Quarto, which is not installed: see https://quarto.org/docs/get-started/.' >&2; exit 1; }
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev_docs
+
+preview: $(READY)  ## build the documentation and watch the notebooks for changes (needs Quarto)
+	@command -v quarto >/dev/null || { echo 'The documentation is built by Quarto, which is not installed: see https://quarto.org/docs/get-started/.' >&2; exit 1; }
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev_preview
+
+hooks: $(READY)  ## install nbdev's git and Jupyter hooks for this clone
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev_install_hooks
+
+distclean:  ## remove the environment and everything that was built
+	rm -rf $(VENV) build *.egg-info _docs _proc .pytest_cache

@@ -1,0 +1,53 @@
+from configparser import ConfigParser
+from pathlib import Path
+import re, shlex, setuptools
+
+# note: all settings are in settings.ini; edit there, not here
+config = ConfigParser(delimiters=['='])
+config.read('settings.ini', encoding='utf-8')
+cfg = config['DEFAULT']
+
+cfg_keys = 'version description keywords author author_email'.split()
+expected = cfg_keys + 'lib_name user branch license status min_python audience language'.split()
+for o in expected: assert o in cfg, f'missing expected setting: {o}'
+setup_cfg = {o:cfg[o] for o in cfg_keys}
+
+licenses = {'apache2': ('Apache-2.0', 'OSI Approved :: Apache Software License')}
+statuses = ['1 - Planning', '2 - Pre-Alpha', '3 - Alpha', '4 - Beta', '5 - Production/Stable', '6 - Mature', '7 - Inactive']
+py_versions = '3.10 3.11 3.12'.split()
+
+lic = licenses[cfg['license'].lower()]
+min_python = cfg['min_python']
+project_urls = {'Documentation': cfg['doc_host'] + cfg.get('doc_baseurl', ''), 'Source': cfg['git_url']}
+
+# PyPI shows the README outside the repository, so its relative links and pictures get absolute addresses there
+readme = Path('README.md')
+readme = readme.read_text(encoding='utf-8') if readme.exists() else cfg['description']
+raw,blob = cfg['git_url'].replace('github.com', 'raw.githubusercontent.com') + '/' + cfg['branch'], f"{cfg['git_url']}/blob/{cfg['branch']}"
+readme = re.sub(r'(!\[[^\]]*\]\()(?![a-z]+:|[#/])', rf'\g<1>{raw}/', readme)
+readme = re.sub(r'((?<!!)\[[^\]]*\]\()(?![a-z]+:|[#/])', rf'\g<1>{blob}/', readme)
+
+setuptools.setup(
+    name = cfg['lib_name'],
+    license = lic[0],
+    license_files = ['LICENSE'],
+    classifiers = [
+        'Development Status :: ' + statuses[int(cfg['status'])-1],
+        'Intended Audience :: ' + cfg['audience'].title(),
+        'Natural Language :: ' + cfg['language'].title(),
+    ] + ['Programming Language :: Python :: '+o for o in py_versions[py_versions.index(min_python):]] + ['License :: '+lic[1]],
+    url = cfg['git_url'],
+    project_urls = project_urls,
+    packages = setuptools.find_packages(include=[cfg['lib_name']+'*']),
+    include_package_data = True,
+    install_requires = shlex.split(cfg.get('requirements', '')),
+    extras_require = {'dev': cfg.get('dev_requirements', '').split()},
+    python_requires = '>=' + min_python,
+    long_description = readme,
+    long_description_content_type = 'text/markdown',
+    zip_safe = False,
+    entry_points = {
+        'console_scripts': shlex.split(cfg.get('console_scripts', '')),
+        'nbdev': [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]
+    },
+    **setup_cfg)

@@ -1,0 +1,23 @@
+import os, sys
+from pathlib import Path
+import pytest
+
+root = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(root/'tools'))
+
+# Tests read the project's settings and relative paths from the repository's top, wherever pytest was started
+@pytest.fixture(autouse=True)
+def at_top(monkeypatch): monkeypatch.chdir(root)
+
+@pytest.fixture
+def py():
+    "Run Python code or a script in a fresh process, outside the repository; returns the finished process"
+    import subprocess, tempfile
+    def _f(*args, ok=True, cwd=None, timeout=600):
+        env = {k:v for k,v in os.environ.items() if k!='IN_TEST'} | {'PYTHONWARNINGS':'ignore', 'MPLBACKEND':'agg'}
+        with tempfile.TemporaryDirectory() as d:
+            r = subprocess.run([str(a) for a in args], cwd=cwd or d, env=env, text=True, capture_output=True, timeout=timeout,
+                               stdin=subprocess.DEVNULL)
+        if ok: assert r.returncode==0, r.stdout[-2000:] + r.stderr[-4000:]
+        return r
+    return _f
