@@ -45,7 +45,7 @@ class SynthCallback(Callback):
             self.learn.loss_grad = self.learn.loss_grad + weight*loss
             self.learn.loss = self.learn.loss_grad.detach().clone()
 
-# %% ../nbs/07_synth.ipynb #9da655ec
+# %% ../nbs/07_synth.ipynb #b7a3cd75
 class OptState(nn.Module):
     "Carries an optimizer's state in a model's state dict"
     def __init__(self, opt): super().__init__(); self.__dict__['opt'] = opt
@@ -59,14 +59,15 @@ class DecoderCallback(SynthCallback):
         beta:float=0.5, # Weight of the error in the encoder's loss (0.5 to 1.0 in the paper's Fig. 5); 0: the decoder learns, the encoder does not hear of it
         update:str='own', # Who moves the decoder during training: 'own' Adam, 'joint' with the encoder's optimizer, or nobody ('frozen')
         lr:float=1e-3, # Learning rate of its own Adam
-        decoder:nn.Module=None, # A decoder (B, d) to (B, 3, size, size); by default `Decoder(d, size)`
+        decoder:nn.Module=None, # A decoder (B, d) to (B, 3, size, size); by default `Decoder(d, size, width)`
+        width:int=32, # Width of the default decoder
     ):
         check_name(update, ['own','joint','frozen'], 'decoder update')
         store_attr()
 
     def setup(self):
         net = self.net
-        dec = self.decoder or Decoder(num_features(net.encoder, self.learn.dls.size), self.learn.dls.size)
+        dec = self.decoder or Decoder(num_features(net.encoder, self.learn.dls.size), self.learn.dls.size, self.width)
         net.decoder = dec.to(self.learn.dls.device)
         if self.update=='joint': net.heads = (*net.heads, 'decoder')
         elif self.update=='own': net.decoder_opt = OptState(torch.optim.Adam(net.decoder.parameters(), lr=self.lr))
@@ -223,7 +224,7 @@ class SynthPairCallback(SynthCallback):
         self.learn.synth.cos = F.cosine_similarity(za.detach().float(), zb.detach().float())
         self.add_loss('pair_loss', loss, self.lam)
 
-# %% ../nbs/07_synth.ipynb #fb8f84b9
+# %% ../nbs/07_synth.ipynb #9469fc3c
 def synth_pairs(
     mode:str='both', # 'both', 'cam', 'low_var' or 'random': see `PerturbCallback`
     sigma_cam:float=3., # See `PerturbCallback`
@@ -233,8 +234,9 @@ def synth_pairs(
     update:str='own', # See `DecoderCallback`
     decoder=None, # See `DecoderCallback`
     decoder_lr:float=1e-3, # See `DecoderCallback`
+    decoder_width:int=32, # See `DecoderCallback`
     max_pairs:int=None, # See `SynthPairCallback`
     **kwargs, # Passed to `PerturbCallback`: tau, tau_abs, target, relative, bank_size
 )->list: # Three callbacks
     "Everything that the paper adds to a self-supervised method (Eq. 8)"
-    return [DecoderCallback(beta, update, decoder_lr, decoder), PerturbCallback(mode, sigma_cam, sigma_var, **kwargs), SynthPairCallback(lam, max_pairs=max_pairs)]
+    return [DecoderCallback(beta, update, decoder_lr, decoder, decoder_width), PerturbCallback(mode, sigma_cam, sigma_var, **kwargs), SynthPairCallback(lam, max_pairs=max_pairs)]
