@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Explorer']
 
-# %% ../nbs/10_explore.ipynb #362683b3
-import base64, html, io, json
+# %% ../nbs/10_explore.ipynb #0ee87d21
+import base64, html, io, json, PIL.Image
 from types import SimpleNamespace
 from fastai.basics import *
 from .core import InputError

@@ -23,7 +23,7 @@ from .show import Synthesizer, attention_maps, history, show_attention, show_cur
 from .ssl import methods, ssl_learner
 from .synth import synth_pairs
 
-# %% ../nbs/11_run.ipynb #34737a6e
+# %% ../nbs/11_run.ipynb #29734781
 def open_run(
     out, # Folder to make
     overwrite:bool=False, # Delete a run that is already there
@@ -43,6 +43,8 @@ def _write_csv(path, rows):
     names = list(dict.fromkeys(k for r in rows for k in r))
     with open(path, 'w', newline='', encoding='utf-8') as f:
         w = csv.DictWriter(f, names); w.writeheader(); w.writerows(rows)
+
+def _write_json(path, d): path.write_text(json.dumps(d, indent=1), encoding='utf-8')
 
 def _versions(): return dict(fgsynth=fgsynth.__version__, torch=torch.__version__, python=platform.python_version(), processor=platform.machine())
 
@@ -111,7 +113,7 @@ def _pictures(learn, out, x, tag=''):
         _save(show_variance(net.bank.std(), learn.perturb.threshold()), out/f'variance{tag}.png')
         syn.save(out/'synth.safetensors'); torch.save((x*255).round().byte().cpu(), out/'examples.pt')
 
-# %% ../nbs/11_run.ipynb #442d3593
+# %% ../nbs/11_run.ipynb #244c58bd
 synth_modes = 'none','both','cam','low_var','random'
 
 def build(
@@ -135,7 +137,7 @@ def fit(
     "The self-supervised training of a run"
     set_seed(s.seed); learn.dls.train.rng = random.Random(s.seed)
     start = time.time()
-    learn.fit_one_cycle(s.epochs, s.lr, pct_start=.1, div=10)
+    learn.fit_one_cycle(s.epochs, slice(s.lr, s.lr*s.head_mult), pct_start=.1, div=10)
     return time.time()-start
 
 def train(
@@ -148,7 +150,8 @@ def train(
     synth:str='both', # Synthesized pairs: none, both (the method of the paper), cam, low_var or random
     epochs:int=5, # Passes over the training images
     pretrain_epochs:int=10, # Passes of the decoder before that, with the encoder frozen
-    lr:float=0.03, # Highest learning rate
+    lr:float=0.03, # Highest learning rate of the encoder
+    head_mult:float=1., # How many times faster the heads learn; from pretrained weights 5 to 30, so that untrained heads do not spoil the encoder
     sigma_cam:float=3., # Strength of the noise by Grad-CAM, in units of the features' spread
     sigma_var:float=3., # Strength of the noise on low-variance dimensions, likewise
     tau:float=0.905, # Threshold of low variance, in units of one over the root of the number of features
@@ -171,17 +174,19 @@ def train(
     out_exists(out, overwrite)
     learn = build(items, s)
     out = open_run(out, overwrite)
+    settings = dict(vars(s), images=len(items.train), **_versions())
+    _write_json(out/'settings.json', settings)
     seconds = 0.
     if synth!='none' and pretrain_epochs>0:
         print('Pre-training the decoder'); start = time.time(); learn.pretrain_decoder(pretrain_epochs); seconds = time.time()-start
     print(f"Training {arch} by {method}{'' if synth=='none' else f' with synthesized pairs ({synth})'} on {items}")
     seconds += fit(learn, s)
-    settings = dict(vars(s), seconds=round(seconds, 1), images=len(items.train), **_versions())
+    settings['seconds'] = round(seconds, 1)
     hist = history(learn)
     _write_csv(out/'history.csv', [dict(epoch=i, **{k:v[i] for k,v in hist.items()}) for i in range(len(hist['train_loss']))])
-    save_encoder(learn, out/'encoder.safetensors', **{k:v for k,v in settings.items() if k not in ('arch','size')}, image_size=size)
+    save_encoder(learn, out/'encoder.safetensors', **{k:v for k,v in settings.items() if k not in ('arch','size','path','data','weights')}, image_size=size)
     _pictures(learn, out, _examples(items, size, learn.dls.device))
-    (out/'settings.json').write_text(json.dumps(settings, indent=1))
+    _write_json(out/'settings.json', settings)
     write_report(out, f'{method}, synthesized pairs: {synth}, on {items.name}', settings)
     print(f'Wrote {out}/report.html')
     learn.run = out
@@ -203,7 +208,7 @@ def _examples(items, size, device, n=24):
     x,_ = items.load(split, size)
     return x[torch.linspace(0, len(x)-1, min(n, len(x))).long()].float().to(device)/255
 
-# %% ../nbs/11_run.ipynb #53918265
+# %% ../nbs/11_run.ipynb #2f60670f
 def evaluate_run(
     run:str, # Folder of a run
     data:str=None, # Labelled data set to evaluate on; by default the one it was trained on
@@ -212,7 +217,7 @@ def evaluate_run(
 )->dict: # The row that was written to metrics.csv
     "Measure a run's encoder by linear probe (100, 50, 20 % of the labels) and retrieval"
     run = Path(run)
-    if not (run/'settings.json').is_file(): raise InputError(f"There is no finished run in {str(run)!r}: train one with fgsynth_train --out {run}.")
+    if not ((run/'settings.json').is_file() and (run/'encoder.safetensors').is_file()): raise InputError(f"There is no finished run in {str(run)!r}: train one with fgsynth_train --out {run}.")
     s = json.loads((run/'settings.json').read_text())
     if data is None: data,path = s['data'],path or s['path']
     items = _items(data, path, s['size'])
@@ -223,7 +228,7 @@ def evaluate_run(
     print(text_table([row])); print(f'Wrote {run}/metrics.csv and {run}/report.html')
     return row
 
-# %% ../nbs/11_run.ipynb #bc243f46
+# %% ../nbs/11_run.ipynb #3095e193
 def warm_start(
     arch:str, # Encoder
     size:int, # Image size in pixels
@@ -251,17 +256,19 @@ def demo(
     n_train:int=2000, # Unlabelled images
     n_test:int=1000, # Test images
     epochs:int=8, # Passes over the images, with and without synthesized pairs
-    pretrain_epochs:int=12, # Passes of the decoder before
+    pretrain_epochs:int=30, # Passes of the decoder before
     start_epochs:int=12, # Passes of the start over its own labelled images
-    lr:float=0.01, # Highest learning rate
+    lr:float=0.001, # Highest learning rate of the encoder
+    head_mult:float=30., # How many times faster the heads learn
     seed:int=0, # Random seed
     overwrite:store_true=False, # Replace a demo that is already in that folder
 )->list: # The rows of metrics.csv
     "The main job on drawn finches: MoCo v2 with and without synthesized pairs from the same start"
-    s = SimpleNamespace(data='finches', arch=arch, size=size, bs=128, method='mocov2', epochs=epochs, pretrain_epochs=pretrain_epochs, lr=lr,
+    s = SimpleNamespace(data='finches', arch=arch, size=size, bs=128, method='mocov2', epochs=epochs, pretrain_epochs=pretrain_epochs, lr=lr, head_mult=head_mult,
                         sigma_cam=3., sigma_var=3., tau=.905, lam=.5, beta=.5, momentum=.99, decoder_width=16, pretrained=False, seed=seed,
                         start=f'{start_epochs} epochs with labels on eight other species')
     out = open_run(out, overwrite)
+    _write_json(out/'settings.json', vars(s))
     begin = time.time()
     items = get_dataset('finches', n_train=n_train, n_test=n_test, size=size)
     rows,hists,maps = [],{},{}
@@ -285,7 +292,7 @@ def demo(
     _save(show_curves(*hists.values(), labels=list(hists)), out/'curves.png')
     _save(show_attention(x[:8], {'start':attention_maps(start, x[:8]), 'MoCo v2':maps['none'], 'with pairs':maps['both']}), out/'attention.png')
     settings = dict(vars(s), weights='encoder_start.safetensors', images=n_train, total_seconds=round(time.time()-begin, 1), **_versions())
-    (out/'settings.json').write_text(json.dumps(settings, indent=1))
+    _write_json(out/'settings.json', settings)
     _write_csv(out/'metrics.csv', rows)
     write_report(out, 'MoCo v2 with and without synthesized pairs, on drawn finches', settings, rows)
     print(text_table(rows)); print(f'Wrote {out}/report.html in {time.time()-begin:.0f} seconds')

@@ -1,0 +1,83 @@
+"The commands as a user meets them: what goes right, and the one sentence for what goes wrong"
+import subprocess, sys
+from pathlib import Path
+import pytest, torch
+from PIL import Image
+from fgsynth import run
+from fgsynth.finches import finches
+from fgsynth.models import load_encoder
+
+small = '--size 32 --bs 16 --epochs 1 --pretrain_epochs 1 --decoder_width 8 --arch timm/test_byobnet'.split()
+
+def call(monkeypatch, command, *args):
+    "Run a command in this process, as its console script would"
+    monkeypatch.setattr(sys, 'argv', [command, *map(str, args)])
+    getattr(run, command)()
+
+@pytest.fixture(scope='module')
+def photos(tmp_path_factory):
+    "A folder with one sub-folder for each class, in every kind of image that people have, and two broken files"
+    top = tmp_path_factory.mktemp('photos')
+    for i,b in enumerate(finches(64, 40, n_species=2, seed=3)):
+        d = top/b.species; d.mkdir(exist_ok=True)
+        im = Image.fromarray(b.image.permute(1,2,0).numpy())
+        mode,ext = [('RGB','jpg'), ('L','png'), ('P','png'), ('CMYK','jpg'), ('RGBA','png'), ('RGB','webp')][i%6]
+        im.convert(mode).save(d/f'{i} Vogel ü.{ext}')
+    first = sorted(top.glob('*/*.jpg'))[0]
+    (first.parent/'cut.jpg').write_bytes(first.read_bytes()[:300])
+    (first.parent/'text.jpg').write_text('not an image')
+    return top
+
+@pytest.fixture(scope='module')
+def trained(photos, tmp_path_factory):
+    "A finished run on that folder"
+    out = tmp_path_factory.mktemp('runs')/'photos'
+    with pytest.MonkeyPatch.context() as m, pytest.warns(UserWarning, match=r'cut\.jpg'):
+        call(m, 'fgsynth_train', '--data', photos, *small, '--out', out)
+    return out
+
+def test_own_folder(trained, photos, monkeypatch, capsys):
+    assert (trained/'report.html').stat().st_size > 50_000
+    assert load_encoder(trained/'encoder.safetensors').num_features == 256
+    call(monkeypatch, 'fgsynth_eval', trained)
+    table = capsys.readouterr().out
+    assert 'mAP' in table and (trained/'metrics.csv').exists()
+
+def test_flat_folder_trains_but_cannot_be_evaluated(photos, tmp_path, monkeypatch):
+    flat = tmp_path/'flat'; flat.mkdir()
+    for i,f in enumerate(sorted(photos.glob('*/*.png'))): (flat/f'{i}.png').write_bytes(f.read_bytes())
+    call(monkeypatch, 'fgsynth_train', '--data', flat, *small, '--synth', 'none', '--out', tmp_path/'run')
+    with pytest.raises(SystemExit) as e: call(monkeypatch, 'fgsynth_eval', tmp_path/'run')
+    assert 'no labels' in str(e.value)
+
+@pytest.mark.parametrize('method', ['simsiam','mocov2'])
+@pytest.mark.parametrize('synth', run.synth_modes)
+def test_every_method_and_mode(method, synth, photos, tmp_path, monkeypatch):
+    call(monkeypatch, 'fgsynth_train', '--data', photos, *small, '--method', method, '--synth', synth, '--out', tmp_path/'run')
+    assert (tmp_path/'run/synth.safetensors').exists() == (synth!='none')
+
+def wrong(tmp, photos, trained):
+    "Arguments of fgsynth_train that cannot work, and words of the sentence that says so"
+    (tmp/'empty').mkdir(); (tmp/'file').write_text('x'); torch.save(torch.nn.Linear(2,2).state_dict(), tmp/'other.pth')
+    few = tmp/'few'; few.mkdir()
+    for f in sorted(photos.glob('*/*.png'))[:5]: (few/f.name).write_bytes(f.read_bytes())
+    return [(['--data','gtsbr'], "did you mean 'gtsrb'"), (['--data',tmp/'nowhere'], 'nowhere'), (['--data',tmp/'empty'], 'empty'),
+        (['--data','gtsrb','--path',tmp/'nowhere'], 'nowhere'), (['--data','cub200','--path',tmp/'empty'], 'images'),
+        (['--arch','resnet81'], "did you mean 'resnet"), (['--method','mocov3'], "did you mean 'mocov2'"), (['--synth','bth'], "did you mean 'both'"),
+        (['--size','16'], '32'), (['--size','-1'], '--size'), (['--epochs','0'], '--epochs'), (['--bs','0'], '--bs'), (['--sigma_cam','-1'], 'noise'),
+        (['--data',few,'--bs','16'], '16'), (['--weights',tmp/'nothing.pth'], 'nothing.pth'), (['--weights',tmp/'other.pth'], 'do not fit'), (['--weights',tmp/'file'], 'cannot be read'),
+        (['--out',trained], 'already holds another run'), (['--out',tmp/'empty/../few'], 'not empty'), (['--out',tmp/'file'], 'is a file')]
+
+def test_one_sentence_for_every_mistake(tmp_path, photos, trained, monkeypatch):
+    for args,words in wrong(tmp_path, photos, trained):
+        out = [] if '--out' in args else ['--out', tmp_path/'out']
+        data = [] if '--data' in args else ['--data', photos]
+        with pytest.raises(SystemExit) as e: call(monkeypatch, 'fgsynth_train', *data, *[a for a in small], *args, *out)
+        said = str(e.value.code)
+        assert words in said and said.startswith('fgsynth_train: ') and '\n' not in said, (args, said)
+        assert not (tmp_path/'out').exists(), f'{args} left a folder behind'
+
+def test_exit_code_and_no_traceback(tmp_path):
+    "Once through the real shell: a sentence on stderr, nothing else, and an exit code"
+    r = subprocess.run([Path(sys.executable).parent/'fgsynth_eval', tmp_path], capture_output=True, text=True)
+    assert r.returncode==1 and 'no finished run' in r.stderr and 'Traceback' not in r.stderr
