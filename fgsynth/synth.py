@@ -96,10 +96,10 @@ class DecoderCallback(SynthCallback):
         else: opt.step()
         opt.zero_grad()
 
-# %% ../nbs/07_synth.ipynb #d3795006
+# %% ../nbs/07_synth.ipynb #5d65f9d9
 class AutoEncoder(nn.Module):
     "A decoder behind a frozen encoder that sees each image once"
-    def __init__(self, net, n): 
+    def __init__(self, net, n): # n: number of images, which indices count to
         super().__init__()
         self.decoder = net.decoder
         self.__dict__.update(net=net, zs=None, seen=torch.zeros(n, dtype=torch.bool)) # not part of this model's parameters
@@ -137,7 +137,7 @@ def pretrain_decoder(self:Learner,
     mode = net.encoder.training
     net.train()
     try:
-        pre = Learner(self.dls, AutoEncoder(net, len(self.dls.train_ds)), loss_func=MSELossFlat(), opt_func=partial(Adam, mom=0.9, sqr_mom=0.99),
+        pre = Learner(self.dls, AutoEncoder(net, len(self.dls.items.train)), loss_func=MSELossFlat(), opt_func=partial(Adam, mom=0.9, sqr_mom=0.99),
                       cbs=L(_Reconstruct())+L(cbs), path=self.path, model_dir=self.model_dir)
         pre.recorder.train_metrics,pre.recorder.valid_metrics = True,False
         with pre.no_bar() if not self.create_mbar or not hasattr(self, 'progress') else nullcontext(): pre.fit_one_cycle(n_epoch, lr)
