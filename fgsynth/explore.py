@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Explorer']
 
-# %% ../nbs/10_explore.ipynb #0ee87d21
-import base64, html, io, json, PIL.Image
+# %% ../nbs/10_explore.ipynb #162eb4ab
+import base64, hashlib, html, io, json, PIL.Image
 from types import SimpleNamespace
 from fastai.basics import *
 from .core import InputError
@@ -41,7 +41,7 @@ def _bars(s, i=0, w=480, h=40):
         out += [np.where(on[...,None], np.array(c, dtype=np.uint8), np.uint8(245)), np.full((3,w,3), 255, np.uint8)]
     return np.concatenate(out).astype(np.uint8)
 
-# %% ../nbs/10_explore.ipynb #a1abb1d7
+# %% ../nbs/10_explore.ipynb #fb681605
 class Explorer:
     "Images, decoded and perturbed, with sliders"
     rows = 'clean','reconstructed','perturbed','difference','attention'
@@ -173,7 +173,6 @@ class Explorer:
         fragment:bool=False, # Only what goes into the body, for embedding in another page
     ): # The path, or the page as a string
         "One self-contained page with working sliders: every frame is in the file"
-        start = time.time()
         x,frames = None,{}
         for m in modes:
             for i,sg in enumerate(sigmas):
@@ -185,9 +184,10 @@ class Explorer:
         side,n = self.syn.size+2,len(self.batch())
         still = [_b64(_encode(x[r*side:(r+k)*side], 'webp', quality=85)) for r,k in ((0,2),(4,1))]
         start_at = min(range(len(sigmas)), key=lambda i: abs(sigmas[i]-self.syn.defaults['sigma_cam']))
-        uid = f'fg{abs(hash((time.time(), id(self))))%10**8}'
+        frames = json.dumps(frames)
+        uid = 'fg' + hashlib.sha1(frames.encode()).hexdigest()[:8] # for pages with more than one explorer
         body = _page.replace('$uid', uid).replace('$title', html.escape(title)).replace('$still0', still[0]).replace('$still1', still[1]) \
-            .replace('$frames', json.dumps(frames)).replace('$sigmas', json.dumps(list(sigmas))).replace('$max', str(len(sigmas)-1)).replace('$start', str(start_at)) \
+            .replace('$frames', frames).replace('$sigmas', json.dumps(list(sigmas))).replace('$max', str(len(sigmas)-1)).replace('$start', str(start_at)) \
             .replace('$options', ''.join(f'<option{" selected" if m==self.syn.defaults["mode"] else ""}>{m}</option>' for m in modes)) \
             .replace('$n', str(n)).replace('$width', str(min(900, max(110, side)*n)))
         if not fragment: body = f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title></head><body style="font-family:system-ui,sans-serif;max-width:60em;margin:1em auto;padding:0 1em">{body}</body></html>'
