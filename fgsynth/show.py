@@ -6,7 +6,7 @@
 __all__ = ['Synthesizer', 'show_pairs', 'spatial_layer', 'attention_maps', 'show_attention', 'show_variance', 'show_noise',
            'history', 'show_curves']
 
-# %% ../nbs/09_show.ipynb #561cb292
+# %% ../nbs/09_show.ipynb #ebc03803
 import json
 from copy import deepcopy
 from types import SimpleNamespace
@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from .core import InputError
 from .augment import Views
 from .losses import info_nce, neg_cosine
-from .models import Decoder, MLPHead, Encoder, load_encoder, save_encoder
+from .models import Decoder, Encoder, create_encoder
 from .perturb import cam_scores, low_variance, min_max, noise_std, perturb
 from .ssl import eval_mode, MoCoModel, SimSiamModel
 
-# %% ../nbs/09_show.ipynb #8d56cac1
+# %% ../nbs/09_show.ipynb #80f1240d
 class Synthesizer(nn.Module):
     "Makes synthesized pairs of given images, repeatably"
     def __init__(self,
@@ -103,7 +103,6 @@ class Synthesizer(nn.Module):
     @classmethod
     def load(cls, path):
         "Read back what `save` wrote"
-        from fgsynth.models import create_encoder
         path = Path(path)
         if not path.is_file(): raise InputError(f"There is no file {str(path)!r}: a run with synthesized pairs writes it as synth.safetensors.")
         try:
