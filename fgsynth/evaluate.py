@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['features', 'Probe', 'fit_probe', 'top_k', 'probe_features', 'linear_probe', 'retrieval', 'knn', 'evaluate']
 
-# %% ../nbs/08_evaluate.ipynb #f83a6b87
+# %% ../nbs/08_evaluate.ipynb #2fcc59f9
 import math
 import torch
 from torch import nn, Tensor
@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from fastcore.all import patch
 from fastai.learner import Learner
 from .core import InputError, check_name
-from .ssl import eval_mode
-from .data import label_fraction, load_images
+from .models import eval_mode
+from .data import label_fraction, load_images, float_images
 from .augment import Views
 
-# %% ../nbs/08_evaluate.ipynb #746979f0
+# %% ../nbs/08_evaluate.ipynb #dd676431
 def _batches(images, bs, size):
     "Batches of images as they come: uint8 or float tensors (b, 3, H, W)"
     if isinstance(images, Tensor): yield from images.split(bs)
@@ -26,12 +26,6 @@ def _batches(images, bs, size):
         for i in range(0, len(images), bs): yield load_images(images[i:i+bs], size)[0]
     else:
         for b in images: yield b if isinstance(b, Tensor) else b[0]
-
-def _float(x, device, size=None):
-    "Images as float32 in [0, 1] on the device, resized when `size` says so"
-    x = x.as_subclass(Tensor).to(device, non_blocking=True)
-    x = x.float()/255 if x.dtype==torch.uint8 else x.float()
-    return x if size is None or x.shape[-2:]==(size,size) else F.interpolate(x, (size,size), mode='bilinear', antialias=True, align_corners=False)
 
 @torch.no_grad()
 def features(
@@ -44,7 +38,7 @@ def features(
     "Features of all images in eval mode, without gradients"
     if device is None: device = next((p.device for p in [*encoder.parameters(), *encoder.buffers()]), 'cpu')
     else: encoder.to(device)
-    with eval_mode(encoder): zs = [encoder(_float(x, device, size)).float().cpu() for x in _batches(images, bs, size)]
+    with eval_mode(encoder): zs = [encoder(float_images(x.to(device, non_blocking=True), size)).float().cpu() for x in _batches(images, bs, size)]
     if not zs: raise InputError("There are no images to take features of.")
     return torch.cat(zs)
 
@@ -128,7 +122,7 @@ def probe_features(
     with torch.no_grad(): out = fit_probe(z, y, **kw)(z_test.to(z.device))
     return (top_k(out, y_test), top_k(out, y_test, 5)) if top5 else top_k(out, y_test)
 
-# %% ../nbs/08_evaluate.ipynb #afd66334
+# %% ../nbs/08_evaluate.ipynb #90a481f9
 def _split(items, split, size):
     "Images (N, 3, S, S) uint8, labels (N,), and positions of the readable ones in the split"
     y = items.train_labels if split=='train' else items.test_labels
@@ -168,7 +162,7 @@ def linear_probe(
     if not augment: return probe_features(z, y, zt, yt, **kw)
     views = Views(x.shape[-1], n=1, scale=scale, ratio=ratio, flip=flip, p_jitter=0, p_grey=0, p_blur=0)
     dev = next((p.device for p in encoder.parameters()), torch.device('cpu'))
-    def draw(i): return features(encoder, views(_float(x[i], dev))[0], bs=bs)
+    def draw(i): return features(encoder, views(float_images(x[i].to(dev)))[0], bs=bs)
     with torch.random.fork_rng([dev] if dev.type=='cuda' else []):
         torch.manual_seed(seed)
         return probe_features(z, y, zt, yt, draw=draw, **kw)

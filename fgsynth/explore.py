@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['Explorer']
 
-# %% ../nbs/10_explore.ipynb #162eb4ab
+# %% ../nbs/10_explore.ipynb #c9172907
 import base64, hashlib, html, io, json, PIL.Image
 from types import SimpleNamespace
 from fastai.basics import *
 from .core import InputError
+from .data import float_images
 from .perturb import MODES
 from .show import Synthesizer, attention_maps, _clean_batch
 
@@ -41,7 +42,7 @@ def _bars(s, i=0, w=480, h=40):
         out += [np.where(on[...,None], np.array(c, dtype=np.uint8), np.uint8(245)), np.full((3,w,3), 255, np.uint8)]
     return np.concatenate(out).astype(np.uint8)
 
-# %% ../nbs/10_explore.ipynb #fb681605
+# %% ../nbs/10_explore.ipynb #e3ebe5f0
 class Explorer:
     "Images, decoded and perturbed, with sliders"
     rows = 'clean','reconstructed','perturbed','difference','attention'
@@ -55,8 +56,7 @@ class Explorer:
         max_n:int=6, # Images shown at a time
     ):
         if images is None or len(images)==0: raise InputError("The explorer has no images: pass images=(B, 3, S, S).")
-        x = images.as_subclass(Tensor)
-        x = x/255. if x.dtype==torch.uint8 else x.float()
+        x = float_images(images)
         if isinstance(encoder, Synthesizer): self.syn = encoder
         else:
             if decoder is None: raise InputError("The explorer needs a decoder beside the encoder.")
@@ -65,8 +65,7 @@ class Explorer:
                 v,unit = F.normalize(z, dim=1).std(0, correction=0),z.std(0, correction=0).mean()
             else: v,unit = bank.std(),bank.unit()
             self.syn = Synthesizer(encoder, decoder, head or nn.Identity(), v=v, unit=unit)
-        if x.shape[-1]!=self.syn.size: x = F.interpolate(x, self.syn.size, mode='bilinear', antialias=True)
-        self.images,self.max_n = x.to(next(self.syn.parameters()).device),max_n
+        self.images,self.max_n = float_images(x, self.syn.size).to(next(self.syn.parameters()).device),max_n
         self.seed,self.first = 0,0
         self._att = {}
 

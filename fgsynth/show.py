@@ -6,21 +6,21 @@
 __all__ = ['Synthesizer', 'show_pairs', 'spatial_layer', 'attention_maps', 'show_attention', 'show_variance', 'show_noise',
            'history', 'show_curves']
 
-# %% ../nbs/09_show.ipynb #ebc03803
+# %% ../nbs/09_show.ipynb #0d6edf1a
 import json
 from copy import deepcopy
 from types import SimpleNamespace
 from fastai.basics import *
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from .core import InputError
 from .augment import Views
 from .losses import info_nce, neg_cosine
-from .models import Decoder, Encoder, create_encoder
-from .perturb import cam_scores, low_variance, min_max, noise_std, perturb
-from .ssl import eval_mode, MoCoModel, SimSiamModel
+from .data import float_images
+from .models import Decoder, Encoder, create_encoder, eval_mode, read_info
+from .perturb import cam_scores, low_variance, min_max, noise_std, normalize, perturb
+from .ssl import MoCoModel, SimSiamModel
 
-# %% ../nbs/09_show.ipynb #80f1240d
+# %% ../nbs/09_show.ipynb #1e43f9e4
 class Synthesizer(nn.Module):
     "Makes synthesized pairs of given images, repeatably"
     def __init__(self,
@@ -32,6 +32,7 @@ class Synthesizer(nn.Module):
         unit=1., # Spread of the raw features, from a bank
         negatives=None, # Embeddings (K, m) to contrast with; without them the loss is the negative cosine
         mode='both', sigma_cam=3., sigma_var=3., tau=0.905, target='-loss', # Defaults of `__call__`
+        norm='min_max', # How scores are scaled (`normalize`)
     ):
         super().__init__()
         self.encoder,self.decoder,self.head = encoder,decoder,head
@@ -41,6 +42,7 @@ class Synthesizer(nn.Module):
         self.register_buffer('unit', torch.as_tensor(unit, dtype=torch.float32).clone())
         self.register_buffer('negatives', torch.zeros(0, 1) if negatives is None else negatives.detach().clone())
         self.defaults = dict(mode=mode, sigma_cam=float(sigma_cam), sigma_var=float(sigma_var), tau=float(tau), target=target)
+        self.norm = norm
         self.eval()
 
     @property
@@ -55,7 +57,7 @@ class Synthesizer(nn.Module):
         with torch.enable_grad():
             q = self.head(z)
             loss = info_nce(q, key, self.negatives, reduction='sum') if len(self.negatives) else neg_cosine(q, key, 'sum')
-            return min_max(cam_scores(loss, z, target))
+            return normalize(cam_scores(loss, z, target), self.norm)
 
     def forward(self,
         x, # Clean images (B, 3, size, size) in [0, 1]
@@ -81,7 +83,7 @@ class Synthesizer(nn.Module):
         net = get_model(learn.model)
         if not hasattr(net, 'decoder'): raise InputError("This learner has no decoder, so it cannot synthesize pairs: make it with cbs=synth_pairs().")
         bank,cb = getattr(net, 'bank', None),getattr(learn, 'perturb', None)
-        kw = dict(mode=cb.mode, sigma_cam=cb.sigma_cam, sigma_var=cb.sigma_var, tau=cb.threshold()*bank.d**.5, target=cb.target) if cb else {}
+        kw = dict(mode=cb.mode, sigma_cam=cb.sigma_cam, sigma_var=cb.sigma_var, tau=cb.threshold()*bank.d**.5, target=cb.target, norm=cb.norm) if cb else {}
         unit = 1. if bank is None or cb and not cb.relative else bank.unit()
         head,key = net.projector,None
         if isinstance(net, SimSiamModel): head,key = nn.Sequential(*net.projector, *net.predictor),net.projector
@@ -94,7 +96,7 @@ class Synthesizer(nn.Module):
         if not (self.encoder.arch and isinstance(self.decoder, Decoder)):
             raise InputError("Only an encoder made by name and fgsynth's own decoder can be saved: save others as state dicts.")
         meta = dict(arch=self.encoder.arch, size=self.encoder.size, num_features=self.encoder.num_features, decoder=[self.decoder.d, self.decoder.size, self.decoder.width],
-                    heads={n:_describe(getattr(self, n)) for n in ('head','key_head')}, **self.defaults)
+                    heads={n:_describe(getattr(self, n)) for n in ('head','key_head')}, norm=self.norm, **self.defaults)
         sd = {k:v.detach().contiguous().clone() for k,v in self.state_dict().items()}
         path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
         save_file(sd, path, metadata={'fgsynth':json.dumps(dict(meta, info=info))})
@@ -106,13 +108,13 @@ class Synthesizer(nn.Module):
         path = Path(path)
         if not path.is_file(): raise InputError(f"There is no file {str(path)!r}: a run with synthesized pairs writes it as synth.safetensors.")
         try:
-            with safe_open(path, 'pt') as f: m = json.loads((f.metadata() or {})['fgsynth'])
-            sd = load_file(path)
+            m,sd = read_info(path),load_file(path)
             heads = [_rebuild(m['heads'][n]) for n in ('head','key_head')]
         except Exception: raise InputError(f"{str(path)!r} was not written by Synthesizer.save, or is damaged: train the run again.") from None
         self = cls(create_encoder(m['arch'], size=m['size']), Decoder(*m['decoder']), *heads, sd['v'], sd['unit'], sd['negatives'],
-                   **{k:m[k] for k in ('mode','sigma_cam','sigma_var','tau','target')})
+                   **{k:m[k] for k in ('mode','sigma_cam','sigma_var','tau','target','norm')})
         self.load_state_dict(sd)
+        self.to(memory_format=torch.channels_last)
         self.info = m['info']
         return self.eval()
 
@@ -134,7 +136,7 @@ def synthesizer(self:Learner):
     "A `Synthesizer` with this learner's networks as they are now"
     return Synthesizer.from_learner(self)
 
-# %% ../nbs/09_show.ipynb #2009e873
+# %% ../nbs/09_show.ipynb #ffbe3218
 def _grid(rows, labels, titles=None, scale=1.1):
     "Rows of images (n, 3, S, S) or maps, with a label for each row; returns the figure"
     n = max(len(r) for r in rows)
@@ -161,9 +163,7 @@ def _clean_batch(learn, x, n):
     if x is None:
         ds = learn.dls.train_ds
         x = torch.stack([learn.dls.train.after_batch((ds[i][0][None], tensor([i])))[0][0] for i in range(min(n, len(ds)))])
-    x = x.as_subclass(Tensor).to(learn.dls.device)
-    x = x/255. if x.dtype==torch.uint8 else x.float()
-    return x if x.shape[-1]==learn.dls.size else F.interpolate(x, learn.dls.size, mode='bilinear', antialias=True)
+    return float_images(x.to(learn.dls.device), learn.dls.size)
 
 @patch
 def show_pairs(self:Learner, 

@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['SynthCallback', 'OptState', 'DecoderCallback', 'AutoEncoder', 'PerturbCallback', 'SynthPairCallback', 'synth_pairs']
 
-# %% ../nbs/07_synth.ipynb #4ba9ad96
+# %% ../nbs/07_synth.ipynb #f17a76ea
 from types import SimpleNamespace
 from contextlib import nullcontext
 from fastai.basics import *
 from .core import InputError, check_name
-from .models import Decoder, num_features
-from .perturb import MODES, FeatureBank, cam_scores, low_variance, min_max, perturb
-from .ssl import SSLMethod, batch_stats_only, eval_mode
+from .data import float_images
+from .models import Decoder, eval_mode, num_features
+from .perturb import MODES, NORMS, FeatureBank, cam_scores, low_variance, min_max, normalize, perturb
+from .ssl import SSLMethod, batch_stats_only
 
-# %% ../nbs/07_synth.ipynb #25e7b646
+# %% ../nbs/07_synth.ipynb #0f3d8b27
 class SynthCallback(Callback):
     "Base of the three callbacks: the state of the last synthesis, and the clean features it starts from"
     def after_create(self):
@@ -23,6 +24,8 @@ class SynthCallback(Callback):
         if not hasattr(self.learn, 'synth'): self.learn.synth = SimpleNamespace(x=None, z=None)
         self.setup()
 
+    max_pairs = None # synthesize only the first so many images of each batch
+    def step_seed(self): return (torch.initial_seed() + 2*(self.learn.epoch*self.learn.n_iter + self.learn.train_iter)) % 2**63
     def setup(self): "Add modules to the model and columns to the table"
     @property
     def net(self): return get_model(self.learn.model)
@@ -31,10 +34,10 @@ class SynthCallback(Callback):
         if self.learn.training: self.learn.synth = SimpleNamespace(x=None, z=None)
 
     def clean_features(self, grad=False):
-        "Clean images x (B, 3, S, S) and their features z (B, d), kept in `learn.synth`"
+        "Clean images x (n, 3, S, S) and their features z (n, d), kept in `learn.synth`"
         s = self.learn.synth
         if s.z is None or not self.learn.training:
-            s.x = self.learn.ssl.clean.as_subclass(Tensor)
+            s.x = self.learn.ssl.clean[:self.max_pairs].as_subclass(Tensor)
             with batch_stats_only(self.net.encoder), torch.set_grad_enabled(grad and self.learn.training): s.z = self.net.encoder(s.x)
         return s.z
 
@@ -45,7 +48,7 @@ class SynthCallback(Callback):
             self.learn.loss_grad = self.learn.loss_grad + weight*loss
             self.learn.loss = self.learn.loss_grad.detach().clone()
 
-# %% ../nbs/07_synth.ipynb #b7a3cd75
+# %% ../nbs/07_synth.ipynb #7ce4d7d1
 class OptState(nn.Module):
     "Carries an optimizer's state in a model's state dict"
     def __init__(self, opt): super().__init__(); self.__dict__['opt'] = opt
@@ -61,6 +64,7 @@ class DecoderCallback(SynthCallback):
         lr:float=1e-3, # Learning rate of its own Adam
         decoder:nn.Module=None, # A decoder (B, d) to (B, 3, size, size); by default `Decoder(d, size, width)`
         width:int=32, # Width of the default decoder
+        max_pairs:int=None, # Decode only the first so many images of each batch; all by default
     ):
         check_name(update, ['own','joint','frozen'], 'decoder update')
         store_attr()
@@ -68,7 +72,7 @@ class DecoderCallback(SynthCallback):
     def setup(self):
         net = self.net
         dec = self.decoder or Decoder(num_features(net.encoder, self.learn.dls.size), self.learn.dls.size, self.width)
-        net.decoder = dec.to(self.learn.dls.device)
+        net.decoder = dec.to(self.learn.dls.device, memory_format=torch.channels_last)
         if self.update=='joint': net.heads = (*net.heads, 'decoder')
         elif self.update=='own': net.decoder_opt = OptState(torch.optim.Adam(net.decoder.parameters(), lr=self.lr))
         self.learn.ssl.add_term('rec_loss')
@@ -81,7 +85,7 @@ class DecoderCallback(SynthCallback):
         s,dec = self.learn.synth,self.net.decoder
         z = self.clean_features(grad=self.beta>0).float()
         if not self.calibrated and self.learn.training: dec.calibrate(z); self.calibrated = True
-        s.rec = dec(z)
+        with torch.set_grad_enabled(self.learn.training and (self.beta>0 or self.update!='frozen')): s.rec = dec(z)
         err = F.mse_loss(s.rec.float(), s.x.float())
         if self.beta: self.add_loss('rec_loss', err, self.beta)
         else: # the decoder's own business
@@ -96,7 +100,7 @@ class DecoderCallback(SynthCallback):
         else: opt.step()
         opt.zero_grad()
 
-# %% ../nbs/07_synth.ipynb #5d65f9d9
+# %% ../nbs/07_synth.ipynb #f6097be6
 class AutoEncoder(nn.Module):
     "A decoder behind a frozen encoder that sees each image once"
     def __init__(self, net, n): # n: number of images, which indices count to
@@ -120,7 +124,7 @@ class _Reconstruct(Callback):
     "Batches (x, i) become input (x, i) and target x"
     def before_batch(self):
         x,i = self.learn.xb[0].as_subclass(Tensor),self.learn.yb[0].as_subclass(Tensor).cpu()
-        if x.shape[-1]!=self.learn.dls.size: x = F.interpolate(x, self.learn.dls.size, mode='bilinear', antialias=True)
+        x = float_images(x, self.learn.dls.size)
         self.learn.xb,self.learn.yb = (x, i),(x,)
 
 @patch
@@ -139,14 +143,14 @@ def pretrain_decoder(self:Learner,
     try:
         pre = Learner(self.dls, AutoEncoder(net, len(self.dls.items.train)), loss_func=MSELossFlat(), opt_func=partial(Adam, mom=0.9, sqr_mom=0.99),
                       cbs=L(_Reconstruct())+L(cbs), path=self.path, model_dir=self.model_dir)
-        pre.recorder.train_metrics,pre.recorder.valid_metrics = True,False
+        pre.recorder.train_metrics,pre.recorder.valid_metrics,pre.logger = True,False,self.logger
         with pre.no_bar() if not self.create_mbar or not hasattr(self, 'progress') else nullcontext(): pre.fit_one_cycle(n_epoch, lr)
     finally:
         net.encoder.train(mode)
         for p,r in zip(net.decoder.parameters(), needs_grad): p.requires_grad_(r); p.grad = None
     return pre
 
-# %% ../nbs/07_synth.ipynb #ad914bfb
+# %% ../nbs/07_synth.ipynb #90e3ee0e
 class PerturbCallback(SynthCallback):
     "Shake the features' irrelevant dimensions (Eq. 3 to 6)"
     order,run_valid = 2,False
@@ -159,8 +163,13 @@ class PerturbCallback(SynthCallback):
         target:str='-loss', # What Grad-CAM explains (Eq. 3): '-loss', 'loss' or 'abs'
         relative:bool=True, # Sigma in units of the features' spread; False: absolute, as in the paper
         bank_size:int=4096, # M, feature vectors remembered; cut to the size of the data set
+        norm:str='min_max', # How scores are brought to [0, 1] (`normalize`); 'min_max' is the paper's (Eq. 4)
+        max_pairs:int=None, # Shake only the first so many images of each batch; all by default
+        distance:float=None, # Hold the mean squared difference of the two decoded images here, by scaling both sigmas as training goes; None: sigmas stay
     ):
         check_name(mode, MODES, 'perturbation mode')
+        check_name(norm, NORMS, 'normalisation')
+        if distance is not None and distance<=0: raise InputError(f"The decoded images should differ by {distance}: give a mean squared difference above 0, such as 0.02.")
         check_name(target, ['-loss','loss','abs'], 'Grad-CAM target')
         if min(sigma_cam, sigma_var)<0: raise InputError(f"The noise strengths are {sigma_cam} and {sigma_var}: give numbers from 0 up.")
         store_attr()
@@ -168,31 +177,37 @@ class PerturbCallback(SynthCallback):
     def setup(self):
         d = num_features(self.net.encoder, self.learn.dls.size)
         self.net.bank = FeatureBank(max(2*self.learn.dls.train.bs, min(self.bank_size, len(self.learn.dls.train_ds))), d).to(self.learn.dls.device)
+        self.net.bank.register_buffer('gain', torch.ones((), device=self.learn.dls.device)) # of both sigmas, moved by `distance`
 
     def threshold(self):
         "tau in the units of the bank's standard deviations"
         return self.tau/self.net.bank.d**.5 if self.tau_abs is None else self.tau_abs
 
     def scores(self, z, out):
-        "Min-max Grad-CAM scores (B, d) of clean features `z` (B, d) against the views' embeddings `out` (Eq. 3 and 4)"
+        "Grad-CAM scores (B, d) from 0 to 1 of clean features `z` (B, d) against the views' embeddings `out` (Eq. 3 and 4)"
         net = self.net
         heads = nn.ModuleList(getattr(net, h) for h in net.heads)
         z = z.detach().float().requires_grad_()
         with torch.enable_grad(), torch.autocast(z.device.type, enabled=False), eval_mode(heads):
-            return min_max(cam_scores(self.learn.ssl.saliency_loss(z, out), z, self.target))
+            return normalize(cam_scores(self.learn.ssl.saliency_loss(z, out), z, self.target), self.norm)
 
     def after_loss(self):
         s,bank = self.learn.synth,self.net.bank
         z = self.clean_features().detach().float()
         bank.add(z)
-        s.s_hat,s.v = self.scores(z, self.learn.pred),bank.std()
+        s.s_hat,s.v = self.scores(z, [o[:len(z)] for o in self.learn.pred]),bank.std()
         s.v_hat,s.mask = min_max(s.v),low_variance(s.v, self.threshold()) & bank.ready()
-        unit = bank.unit() if self.relative else 1.
-        gen = torch.Generator(z.device).manual_seed((torch.initial_seed() + self.learn.epoch*self.learn.n_iter + self.learn.train_iter) % 2**63)
+        unit = (bank.unit() if self.relative else 1.)*bank.gain
+        gen = torch.Generator(z.device).manual_seed(self.step_seed())
         p = perturb(z, s.s_hat, s.v_hat, s.mask, self.sigma_cam, self.sigma_var, self.mode, unit, gen)
         s.unit,s.z_pert,s.n_cam,s.n_var,s.noise = unit,p.z,p.n_cam,p.n_var,p.noise
 
-# %% ../nbs/07_synth.ipynb #653ca708
+    def after_step(self):
+        s = self.learn.synth
+        if self.distance is None or not hasattr(s, 'diff'): return
+        self.net.bank.gain.mul_((self.distance/s.diff.clamp_min(1e-8)).pow(.25).clamp(.7, 1.4)) # half a step towards it on the log scale
+
+# %% ../nbs/07_synth.ipynb #2602925c
 class SynthPairCallback(SynthCallback):
     "Learn that the reconstructed and the perturbed image show the same thing (Eq. 7)"
     order,run_valid = 3,False
@@ -200,21 +215,32 @@ class SynthPairCallback(SynthCallback):
         lam:float=0.5, # lambda, weight of the pair loss (Table 6)
         pair=None, # A function from clean images (B, 3, S, S) to two images of each, in place of the synthesized pair: for controls
         max_pairs:int=None, # Compare only the first so many images of each batch; all by default
+        augment:bool=False, # Look at both images through a random view of the method (crop, flip, colours), each its own
+        residual:bool=False, # Add to both decoded images what the decoder could not draw of the clean one, $x - D(z)$: a perfect decoder would leave nothing to add
     ): store_attr()
 
     def setup(self):
         if self.pair is None and not hasattr(self.net, 'decoder'):
             raise InputError("A synthesized pair needs a decoder: add DecoderCallback() (synth_pairs() adds all three), or give SynthPairCallback a pair= function.")
-        self.learn.ssl.add_term('pair_loss')
+        for n in 'pair_loss','pair_diff': self.learn.ssl.add_term(n)
 
     @torch.no_grad()
     def images(self):
-        "The two images of each pair, (n, 3, S, S)"
+        "The two images of each pair, (n, 3, S, S); what they draw at random leaves the method's own views as they were"
+        dev = self.learn.dls.device
+        with torch.random.fork_rng([dev] if dev.type=='cuda' else []):
+            torch.manual_seed((self.step_seed() + 1) % 2**63)
+            a,b = self.decoded()
+            return [self.learn.ssl.views(o)[0] for o in (a,b)] if self.augment else (a,b)
+
+    def decoded(self):
         s,n = self.learn.synth,self.max_pairs
-        if self.pair is not None: return [p[:n] for p in self.pair(self.learn.ssl.clean)]
+        if self.pair is not None: return self.pair(self.learn.ssl.clean[:n])
         if not hasattr(s, 'z_pert'): return s.x[:n], s.rec[:n]
         s.pert = self.net.decoder(s.z_pert[:n])
-        return s.rec[:n], s.pert
+        if not self.residual: return s.rec[:n], s.pert
+        s.rec,s.pert = s.x[:n], (s.x[:n] + s.pert - s.rec[:n]).clamp(0, 1)
+        return s.rec, s.pert
 
     def after_loss(self):
         a,b = [o.detach() for o in self.images()]
@@ -222,9 +248,12 @@ class SynthPairCallback(SynthCallback):
             za,zb = self.net.encoder(torch.cat([a, b])).chunk(2)
             loss = self.learn.ssl.pair_loss(za, zb)
         self.learn.synth.cos = F.cosine_similarity(za.detach().float(), zb.detach().float())
+        s = self.learn.synth
+        s.diff = F.mse_loss(s.rec.float(), s.pert.float()) if hasattr(s, 'pert') else F.mse_loss(a.float(), b.float()) # before `augment`
+        self.learn.terms['pair_diff'] = s.diff
         self.add_loss('pair_loss', loss, self.lam)
 
-# %% ../nbs/07_synth.ipynb #9469fc3c
+# %% ../nbs/07_synth.ipynb #2cb92628
 def synth_pairs(
     mode:str='both', # 'both', 'cam', 'low_var' or 'random': see `PerturbCallback`
     sigma_cam:float=3., # See `PerturbCallback`
@@ -235,8 +264,11 @@ def synth_pairs(
     decoder=None, # See `DecoderCallback`
     decoder_lr:float=1e-3, # See `DecoderCallback`
     decoder_width:int=32, # See `DecoderCallback`
-    max_pairs:int=None, # See `SynthPairCallback`
-    **kwargs, # Passed to `PerturbCallback`: tau, tau_abs, target, relative, bank_size
+    max_pairs:int=None, # Synthesize only the first so many images of each batch; all by default
+    augment:bool=False, # See `SynthPairCallback`
+    residual:bool=False, # See `SynthPairCallback`
+    **kwargs, # Passed to `PerturbCallback`: tau, tau_abs, target, norm, relative, bank_size, distance
 )->list: # Three callbacks
     "Everything that the paper adds to a self-supervised method (Eq. 8)"
-    return [DecoderCallback(beta, update, decoder_lr, decoder, decoder_width), PerturbCallback(mode, sigma_cam, sigma_var, **kwargs), SynthPairCallback(lam, max_pairs=max_pairs)]
+    return [DecoderCallback(beta, update, decoder_lr, decoder, decoder_width, max_pairs), PerturbCallback(mode, sigma_cam, sigma_var, max_pairs=max_pairs, **kwargs),
+            SynthPairCallback(lam, max_pairs=max_pairs, augment=augment, residual=residual)]
