@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SynthCallback', 'OptState', 'DecoderCallback', 'AutoEncoder', 'PerturbCallback', 'SynthPairCallback', 'synth_pairs']
 
-# %% ../nbs/07_synth.ipynb #f17a76ea
+# %% ../nbs/07_synth.ipynb #38521c07
 from types import SimpleNamespace
 from contextlib import nullcontext
 from fastai.basics import *
@@ -100,7 +100,7 @@ class DecoderCallback(SynthCallback):
         else: opt.step()
         opt.zero_grad()
 
-# %% ../nbs/07_synth.ipynb #f6097be6
+# %% ../nbs/07_synth.ipynb #687a9b40
 class AutoEncoder(nn.Module):
     "A decoder behind a frozen encoder that sees each image once"
     def __init__(self, net, n): # n: number of images, which indices count to

@@ -158,7 +158,7 @@ def find_runs(
     found = runs[ok]
     return found.iloc[found.seed.astype(int).argsort()].drop_duplicates('seed')
 
-# %% ../nbs/12_table.ipynb #6b0e0c02
+# %% ../nbs/12_table.ipynb #73ff32e0
 def shake_kinds(
     z:Tensor, # (N, d) features to shake
     y:Tensor, # (N,) their labels, for the two kinds that know them
@@ -187,16 +187,18 @@ def match_distance(
     z:Tensor, # (N, d) features
     noise:Tensor, # (N, d)
     distance:float, # Wanted mean squared difference of the decoded images
-    n:int=128, # Images to measure it on
-    steps:int=14, # Halvings of the interval on a log scale
+    n:int=128, # Images for the first guess; it is refined on all
 )->float: # Factor for `noise`
     "How much noise makes the decoded images differ by so much"
-    z,noise = z[:n],noise[:n]; rec = decoder(z); unit = z.std().item()
-    lo,hi = 1e-3*unit,1e3*unit
-    for _ in range(steps):
+    def diff(a, z, noise): return torch.cat([(decoder(o + a*e) - decoder(o)).pow(2).mean((1,2,3)) for o,e in zip(z.split(128), noise.split(128))]).mean().item()
+    unit = z.std().item()
+    lo,hi = 1e-2*unit,1e2*unit
+    for _ in range(8):                                                       # halve the interval on a log scale
         mid = (lo*hi)**.5
-        lo,hi = (mid, hi) if F.mse_loss(decoder(z + mid*noise), rec)<distance else (lo, mid)
-    return (lo*hi)**.5
+        lo,hi = (mid, hi) if diff(mid, z[:n], noise[:n])<distance else (lo, mid)
+    a = (lo*hi)**.5
+    for _ in range(4): a *= min(2., max(.5, (distance/max(diff(a, z, noise), 1e-12))**.5)) # the difference grows about like the square of the noise
+    return a
 
 @torch.no_grad()
 def shake_test(

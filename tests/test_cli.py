@@ -1,18 +1,19 @@
 "The commands as a user meets them: what goes right, and the one sentence for what goes wrong"
-import subprocess, sys
+import json, subprocess, sys
 from pathlib import Path
 import pytest, torch
 from PIL import Image
-from fgsynth import run
+from fgsynth import run, table
 from fgsynth.finches import finches
 from fgsynth.models import load_encoder
+from fgsynth.perturb import MODES
 
 small = '--size 32 --bs 16 --epochs 1 --pretrain_epochs 1 --decoder_width 8 --arch timm/test_byobnet'.split()
 
 def call(monkeypatch, command, *args):
     "Run a command in this process, as its console script would"
     monkeypatch.setattr(sys, 'argv', [command, *map(str, args)])
-    getattr(run, command)()
+    getattr(table if command=='fgsynth_table' else run, command)()
 
 @pytest.fixture(scope='module')
 def photos(tmp_path_factory):
@@ -54,7 +55,27 @@ def test_flat_folder_trains_but_cannot_be_evaluated(photos, tmp_path, monkeypatc
 @pytest.mark.parametrize('synth', run.synth_modes)
 def test_every_method_and_mode(method, synth, photos, tmp_path, monkeypatch):
     call(monkeypatch, 'fgsynth_train', '--data', photos, *small, '--method', method, '--synth', synth, '--out', tmp_path/'run')
-    assert (tmp_path/'run/synth.safetensors').exists() == (synth!='none')
+    assert (tmp_path/'run/synth.safetensors').exists() == (synth in MODES)
+
+def test_pairs_with_detail_and_views(photos, tmp_path, monkeypatch):
+    call(monkeypatch, 'fgsynth_train', '--data', photos, *small, '--residual', '--augment', '--norm', 'rank', '--distance', '.01', '--update', 'frozen', '--max_pairs', 8, '--out', tmp_path/'run')
+    s = json.loads((tmp_path/'run/settings.json').read_text())
+    assert (s['residual'], s['augment'], s['norm'], s['distance'], s['update'], s['max_pairs']) == (True, True, 'rank', .01, 'frozen', 8)
+
+def test_table(photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(table.presets['smoke'], 'bs', 16)
+    out = tmp_path/'results/runs.csv'
+    args = ['tau', '--data', photos, '--preset', 'smoke', '--seeds', 1, '--out', out]
+    call(monkeypatch, 'fgsynth_table', *args, '--dry_run')
+    assert '4 to do' in capsys.readouterr().out and not out.exists()
+    call(monkeypatch, 'fgsynth_table', *args)
+    assert list(table.read_runs(out).tau) == ['0.226','0.453','0.905','1.81']
+    call(monkeypatch, 'fgsynth_table', *args)
+    assert '0 to do' in capsys.readouterr().out
+    out.write_text('a,b\n1,2\n')
+    for bad,words in (([*args], 'lacks the columns'), (['sigma', *args[1:]], "did you mean 'sigma_")):
+        with pytest.raises(SystemExit) as e: call(monkeypatch, 'fgsynth_table', *bad)
+        assert words in str(e.value)
 
 def wrong(tmp, photos, trained):
     "Arguments of fgsynth_train that cannot work, and words of the sentence that says so"
