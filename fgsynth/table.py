@@ -6,16 +6,16 @@
 __all__ = ['presets', 'experiments', 'run_columns', 'row_key', 'decoded_top1', 'measure_run', 'read_runs', 'find_runs',
            'shake_kinds', 'match_distance', 'shake_test', 'table', 'fgsynth_table', 'paired', 'summary']
 
-# %% ../nbs/12_table.ipynb #61886e6e
-import csv, json, os, platform, subprocess, time
-import numpy as np, pandas as pd
+# %% ../nbs/12_table.ipynb #b437b9a8
+import csv, platform, subprocess, time
+import pandas as pd
 from scipy import stats
 from fastcore.script import store_true
 from fastai.basics import *
 from fastai.callback.progress import ProgressCallback
 import fgsynth
 from .core import InputError, check_name
-from .data import Items, hold_out, float_images
+from .data import float_images, hold_out
 from .evaluate import evaluate, features, fit_probe, top_k
 from .losses import info_nce
 from .models import eval_mode
@@ -51,7 +51,7 @@ experiments = dict(
     beta = _vary('beta', 0., 0.25, 0.5, 0.75, 1.0),
 )
 
-# %% ../nbs/12_table.ipynb #e8ece297
+# %% ../nbs/12_table.ipynb #7934f40b
 _measures = 'seconds top1_100 top1_50 top1_20 rank1 rank5 map rank1_gallery map_gallery'.split()
 _first = 'experiment data encoder size method synth seed epochs'.split()
 _train = 'bs lr head_mult momentum pretrained frozen_bn'.split()
@@ -61,7 +61,7 @@ _noise = 'sigma_cam sigma_var tau target norm absolute distance augment residual
 _others = 'split knn feat_std rec_loss pair_diff decoded_top1 preset commit machine torch'.split()
 run_columns = _first + _measures + _train + _pair + _decoder + _noise + _others
 
-def _text(v): return '' if v is None else f'{v:g}' if isinstance(v, float) and not isinstance(v, bool) else str(int(v)) if isinstance(v, bool) else str(v)
+def _text(v): return '' if v is None else f'{v:g}' if isinstance(v, float) else str(int(v)) if isinstance(v, bool) else str(v)
 
 def row_key(
     s, # Settings, as the arguments of `fgsynth_train`
@@ -125,7 +125,7 @@ def measure_run(
     if hasattr(net, 'decoder'): res['decoded_top1'] = decoded_top1(net.encoder, net.decoder, items, s.size)
     return dict(res, commit=_commit(), machine=_machine(), torch=torch.__version__)
 
-# %% ../nbs/12_table.ipynb #c3f8f4d5
+# %% ../nbs/12_table.ipynb #b33e9fa7
 def read_runs(
     path='results/runs.csv', # File of `fgsynth_table`
 )->pd.DataFrame: # One row per run; measures are numbers, settings are text
@@ -134,8 +134,8 @@ def read_runs(
     if not path.is_file(): return pd.DataFrame(columns=run_columns, dtype=str)
     df = pd.read_csv(path, dtype=str, keep_default_na=False)
     if missing := [c for c in run_columns if c not in df]: raise InputError(f"{str(path)!r} lacks the columns {', '.join(missing)}: it was not written by this version of fgsynth_table. Choose another --out.")
-    num = _measures + 'seed epochs knn feat_std rec_loss pair_diff decoded_top1'.split()
-    return df.assign(**{c:pd.to_numeric(df[c]) for c in num if c not in ('seed','epochs')})
+    num = _measures + 'knn feat_std rec_loss pair_diff decoded_top1'.split()
+    return df.assign(**{c:pd.to_numeric(df[c]) for c in num})
 
 def _append(path, row):
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -158,7 +158,7 @@ def find_runs(
     found = runs[ok]
     return found.iloc[found.seed.astype(int).argsort()].drop_duplicates('seed')
 
-# %% ../nbs/12_table.ipynb #73ff32e0
+# %% ../nbs/12_table.ipynb #80da5be2
 def shake_kinds(
     z:Tensor, # (N, d) features to shake
     y:Tensor, # (N,) their labels, for the two kinds that know them
@@ -216,8 +216,8 @@ def shake_test(
         learn.remove_cbs([learn.synth_pair, learn.perturb, learn.decoder])
         learn.fit_one_cycle(s.epochs, s.lr*s.head_mult)
     net.eval(); enc,dec,dev = net.encoder,net.decoder,next(net.parameters()).device
-    (x,i),(xt,it) = items.load('train', s.size),items.load('test', s.size)
-    y,yt = items.train_labels[i],items.test_labels[it]
+    x,i = items.load('train', s.size)
+    y = items.train_labels[i]
     gen = torch.Generator().manual_seed(s.seed)
     perm = torch.randperm(len(x), generator=gen); me,rest = perm[:n],perm[n:]
     z = features(enc, x)
@@ -244,7 +244,7 @@ def shake_test(
             rows.append(row(k, d, z[me] + a*e, a/z.std(0).mean().item()))
     return pd.DataFrame(rows)
 
-# %% ../nbs/12_table.ipynb #23c628e5
+# %% ../nbs/12_table.ipynb #cf4e63a7
 def table(
     name:str, # Experiment: shake (see `shake_test`), tuning, headline, controls, pairs, simsiam, length, norm, matched, lam, tau, sigma_cam, sigma_var or beta
     data:str='gtsrb', # Name of a labelled data set, or a folder with one sub-folder per class
@@ -263,7 +263,8 @@ def table(
     if name=='shake': return _shake(data, path, preset, range(first_seed, first_seed+seeds), out.parent/'shake.csv')
     wanted = [settings(**{**presets[preset], **change, 'data':data, 'path':path, 'seed':seed})
               for seed in range(first_seed, first_seed+seeds) for change in experiments[name]]
-    missing = [s for s in wanted if not len(find_runs(read_runs(out), s, split))]
+    runs = read_runs(out)
+    missing = [s for s in wanted if not len(find_runs(runs, s, split))]
     print(f'{name}: {len(wanted)} runs, {len(missing)} to do')
     if dry_run: missing = []
     items = None
