@@ -118,7 +118,7 @@ def random_box(
     bh = torch.where(any_ok, bh.gather(1,i)[:,0], min(h, w/ratio[0])).clamp(1, h)
     return torch.where(any_ok, u[:,-2], 0.5)*(w-bw), torch.where(any_ok, u[:,-1], 0.5)*(h-bh), bw, bh
 
-# %% ../nbs/02_augment.ipynb #aa840523
+# %% ../nbs/02_augment.ipynb #86162cc4
 def _check_range(name, v, lo, hi):
     "A pair `a <= b` inside [lo, hi], as floats"
     try: a,b = map(float, v)
@@ -184,13 +184,14 @@ class Views(nn.Module):
     @torch.no_grad()
     def forward(self,
         x:Tensor, # (B, 3, H, W) in [0, 1], any float type, or uint8 in 0 to 255
+        n:int=None, # Another number of views than usual
     )->tuple: # `n` plain tensors (B, 3, size, size) in [0, 1], of `x`'s type (float32 for uint8)
         "`n` independent views of each image of `x`"
         x = x.as_subclass(Tensor)
         if x.ndim!=4 or x.shape[1]!=3: raise InputError(f"Views are made of a batch of shape (B, 3, H, W), this one is {tuple(x.shape)}.")
         f = x.float()/255 if x.dtype==torch.uint8 else x.float()
         dtype = x.dtype if x.is_floating_point() else torch.float32
-        return tuple(self.render(f, self.draw(len(x), *x.shape[2:], x.device)).to(dtype) for _ in range(self.n))
+        return tuple(self.render(f, self.draw(len(x), *x.shape[2:], x.device)).to(dtype) for _ in range(n or self.n))
 
     def extra_repr(self):
         return ', '.join(f'{k}={getattr(self,k)}' for k in 'size n scale ratio flip jitter p_jitter p_grey blur p_blur blur_ref'.split())

@@ -125,7 +125,7 @@ def _pictures(learn, out, x):
         _save(show_variance(net.bank.std(), learn.perturb.threshold()), out/'variance.png')
         syn.save(out/'synth.safetensors'); torch.save((x*255).round().byte().cpu(), out/'examples.pt')
 
-# %% ../nbs/11_run.ipynb #836d7a08
+# %% ../nbs/11_run.ipynb #25d8a97f
 synth_modes = dict(none='the method alone', both='synthesized pairs, shaken by scores and by variance (the method of the paper)', cam='by scores alone', low_var='by variance alone',
     random='everywhere alike, with the same energy', reconstruction="the decoder's error alone (weight beta), no pairs",
     jitter='control without a decoder: pairs of the clean image in two random colours and blurs', views='control without a decoder: pairs of two more views')
@@ -138,9 +138,9 @@ def synth_callbacks(
     check_name(synth, synth_modes, 'synth mode')
     if synth=='none': return []
     if synth=='reconstruction': return [DecoderCallback(s.beta, s.update, s.decoder_lr, width=s.decoder_width)]
-    if synth=='views': return [SynthPairCallback(s.lam, lambda x: (x, x), s.max_pairs, augment=True)]
-    if synth=='jitter': return [SynthPairCallback(s.lam, Views(s.size, scale=(1,1), ratio=(1,1), flip=0, p_jitter=1, p_blur=1), s.max_pairs)]
-    return synth_pairs(synth, s.sigma_cam, s.sigma_var, s.lam, s.beta, s.update, None, s.decoder_lr, s.decoder_width, s.max_pairs, s.augment, s.residual,
+    if synth=='views': return [SynthPairCallback(s.lam, lambda x: (x, x), s.max_pairs, augment=True, anchor=s.anchor)]
+    if synth=='jitter': return [SynthPairCallback(s.lam, Views(s.size, scale=(1,1), ratio=(1,1), flip=0, p_jitter=1, p_blur=1), s.max_pairs, anchor=s.anchor)]
+    return synth_pairs(synth, s.sigma_cam, s.sigma_var, s.lam, s.beta, s.update, None, s.decoder_lr, s.decoder_width, s.max_pairs, s.augment, s.residual, s.anchor,
                        tau=s.tau, target=s.target, norm=s.norm, relative=not s.absolute, distance=s.distance)
 
 def build(
@@ -190,6 +190,7 @@ def train(
     distance:float=None, # Hold the squared difference of the decoded pair here by scaling both sigmas
     augment:store_true=False, # Look at the decoded images through random views
     residual:store_true=False, # Add to the decoded images what the decoder could not draw
+    anchor:str='rec', # What the perturbed image is compared with: rec (the reconstruction, as in the paper) or view (the method's first view of the clean image; half the cost)
     max_pairs:int=None, # Synthesize only the first so many images of each batch
     update:str='own', # Who moves the decoder during training: own (an Adam of its own), joint or frozen
     decoder_lr:float=1e-3, # Learning rate of the decoder's own Adam

@@ -6,7 +6,7 @@
 __all__ = ['methods', 'batch_stats_only', 'SSLModel', 'feat_std', 'Term', 'SSLMethod', 'MoCoModel', 'MoCoV2', 'SimSiamModel',
            'SimSiam', 'ssl_learner']
 
-# %% ../nbs/06_ssl.ipynb #981ca234
+# %% ../nbs/06_ssl.ipynb #90d12108
 import warnings
 from copy import deepcopy
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ from fastai.callback.schedule import *
 from fastai.callback.training import bn_types
 from .core import InputError, check_name
 from .data import float_images
-from .augment import mocov2_views, simsiam_views
+from .augment import Views, mocov2_views, simsiam_views
 from .models import MLPHead, create_encoder, Encoder, num_features
 from .losses import info_nce, neg_cosine, nt_xent
 
@@ -84,7 +84,7 @@ class Term(Metric):
     @property
     def name(self): return self._name
 
-# %% ../nbs/06_ssl.ipynb #b835e30a
+# %% ../nbs/06_ssl.ipynb #040fc940
 class SSLMethod(Callback):
     "Base class of self-supervised methods: a subclass says what differs"
     order,name = 0,'ssl'
@@ -110,6 +110,10 @@ class SSLMethod(Callback):
         g = self.net.projector
         return nt_xent(g(z1), g(z2), self.temperature)
 
+    def view_loss(self, out, z2):
+        "The same loss with the first view in place of the reconstruction: `out` is what the model returned, `z2` (B, d) features of the perturbed images"
+        return nt_xent(out[0], self.net.projector(z2), self.temperature)
+
     def saliency_loss(self, z, out):
         "What Grad-CAM explains (Eq. 3): the loss between clean features `z` (B, d) and an augmented view, *summed* over the batch"
         others = F.normalize(out[1].detach().float(), dim=1)
@@ -128,6 +132,10 @@ class SSLMethod(Callback):
     def views(self):
         if self._views is None: self._views = self.recipe(self.size)
         return self._views
+
+    def view(self, x):
+        "One more random view (B, 3, size, size) of images `x`"
+        return (self.views(x, 1) if isinstance(self.views, Views) else self.views(x))[0]
 
     def criterion(self, pred, *yb): return self.loss(*pred)
 
@@ -230,7 +238,7 @@ class MoCoV2(SSLMethod):
     def enqueue(self, q, k): self.net.enqueue(k, self.learn.yb[0])
     def follow(self): self.net.follow(self.momentum)
 
-# %% ../nbs/06_ssl.ipynb #d044086b
+# %% ../nbs/06_ssl.ipynb #9922582b
 class SimSiamModel(SSLModel):
     "Encoder, projector and predictor; returns predictions and projections of two views"
     heads = ('projector','predictor')
@@ -268,6 +276,11 @@ class SimSiam(SSLMethod):
         g,h = self.net.projector,self.net.predictor
         z1,z2 = g(z1),g(z2)
         return self.loss(h(z1), h(z2), z1, z2)
+
+    def view_loss(self, out, z2):
+        p1,_,z1,_ = out
+        z2 = self.net.projector(z2)
+        return self.loss(p1, self.net.predictor(z2), z1, z2)
 
     def saliency_loss(self, z, out):
         return neg_cosine(self.net.predictor(self.net.projector(z)), out[3], 'sum')

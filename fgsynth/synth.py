@@ -207,7 +207,7 @@ class PerturbCallback(SynthCallback):
         if self.distance is None or not hasattr(s, 'diff'): return
         self.net.bank.gain.mul_((self.distance/s.diff.clamp_min(1e-8)).pow(.25).clamp(.7, 1.4)) # half a step towards it on the log scale
 
-# %% ../nbs/07_synth.ipynb #2602925c
+# %% ../nbs/07_synth.ipynb #f5316e26
 class SynthPairCallback(SynthCallback):
     "Learn that the reconstructed and the perturbed image show the same thing (Eq. 7)"
     order,run_valid = 3,False
@@ -217,7 +217,10 @@ class SynthPairCallback(SynthCallback):
         max_pairs:int=None, # Compare only the first so many images of each batch; all by default
         augment:bool=False, # Look at both images through a random view of the method (crop, flip, colours), each its own
         residual:bool=False, # Add to both decoded images what the decoder could not draw of the clean one, $x - D(z)$: a perfect decoder would leave nothing to add
-    ): store_attr()
+        anchor:str='rec', # What the perturbed image is compared with: 'rec', the reconstruction (Eq. 7), or 'view', the first view of the clean image, whose embedding is there already
+    ):
+        check_name(anchor, ['rec','view'], 'anchor')
+        store_attr()
 
     def setup(self):
         if self.pair is None and not hasattr(self.net, 'decoder'):
@@ -226,12 +229,14 @@ class SynthPairCallback(SynthCallback):
 
     @torch.no_grad()
     def images(self):
-        "The two images of each pair, (n, 3, S, S); what they draw at random leaves the method's own views as they were"
+        "What is to be encoded of each pair, (n, 3, S, S), the perturbed image last; what is drawn at random leaves the method's own views as they were"
         dev = self.learn.dls.device
         with torch.random.fork_rng([dev] if dev.type=='cuda' else []):
             torch.manual_seed((self.step_seed() + 1) % 2**63)
-            a,b = self.decoded()
-            return [self.learn.ssl.views(o)[0] for o in (a,b)] if self.augment else (a,b)
+            pair = [o.detach() for o in self.decoded()]
+            self.learn.synth.diff = self.learn.terms['pair_diff'] = F.mse_loss(*[o.float() for o in pair])
+            if self.anchor=='view': pair = pair[1:]
+            return [self.learn.ssl.view(o) for o in pair] if self.augment else pair
 
     def decoded(self):
         s,n = self.learn.synth,self.max_pairs
@@ -243,17 +248,15 @@ class SynthPairCallback(SynthCallback):
         return s.rec, s.pert
 
     def after_loss(self):
-        a,b = [o.detach() for o in self.images()]
+        ssl,pair = self.learn.ssl,self.images()
         with batch_stats_only(self.net):
-            za,zb = self.net.encoder(torch.cat([a, b])).chunk(2)
-            loss = self.learn.ssl.pair_loss(za, zb)
-        self.learn.synth.cos = F.cosine_similarity(za.detach().float(), zb.detach().float())
-        s = self.learn.synth
-        s.diff = F.mse_loss(s.rec.float(), s.pert.float()) if hasattr(s, 'pert') else F.mse_loss(a.float(), b.float()) # before `augment`
-        self.learn.terms['pair_diff'] = s.diff
+            *first,z = self.net.encoder(torch.cat(pair)).chunk(len(pair))
+            loss = ssl.pair_loss(*first, z) if first else ssl.view_loss([o[:len(z)] for o in self.learn.pred], z)
+        other = first[0] if first else self.net.last_features[:len(z)]
+        self.learn.synth.cos = F.cosine_similarity(other.detach().float(), z.detach().float())
         self.add_loss('pair_loss', loss, self.lam)
 
-# %% ../nbs/07_synth.ipynb #2cb92628
+# %% ../nbs/07_synth.ipynb #2b290ff8
 def synth_pairs(
     mode:str='both', # 'both', 'cam', 'low_var' or 'random': see `PerturbCallback`
     sigma_cam:float=3., # See `PerturbCallback`
@@ -267,8 +270,9 @@ def synth_pairs(
     max_pairs:int=None, # Synthesize only the first so many images of each batch; all by default
     augment:bool=False, # See `SynthPairCallback`
     residual:bool=False, # See `SynthPairCallback`
+    anchor:str='rec', # See `SynthPairCallback`
     **kwargs, # Passed to `PerturbCallback`: tau, tau_abs, target, norm, relative, bank_size, distance
 )->list: # Three callbacks
     "Everything that the paper adds to a self-supervised method (Eq. 8)"
     return [DecoderCallback(beta, update, decoder_lr, decoder, decoder_width, max_pairs), PerturbCallback(mode, sigma_cam, sigma_var, max_pairs=max_pairs, **kwargs),
-            SynthPairCallback(lam, max_pairs=max_pairs, augment=augment, residual=residual)]
+            SynthPairCallback(lam, max_pairs=max_pairs, augment=augment, residual=residual, anchor=anchor)]

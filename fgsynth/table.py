@@ -23,25 +23,25 @@ from .perturb import cam_scores
 from .run import _cli, _items, build, fit, settings
 from .show import history
 
-# %% ../nbs/12_table.ipynb #81cc9f22
+# %% ../nbs/12_table.ipynb #e8fbce5b
 presets = dict(
     cpu = dict(arch='lite0', pretrained=True, size=64, bs=64, epochs=3, lr=.006, head_mult=5., momentum=.99,
-        pretrain_epochs=10, decoder_width=16, update='frozen', beta=0., augment=True, residual=True),
+        pretrain_epochs=4, decoder_width=16, update='frozen', beta=0., augment=True, residual=True, anchor='view', max_pairs=32),
     paper = dict(arch='resnet50', pretrained='IMAGENET1K_V1', size=224, bs=128, epochs=100, lr=.03, head_mult=1., momentum=.999, frozen_bn=0,
         pretrain_epochs=200, update='joint', lam=.5, beta=.5, sigma_cam=1., sigma_var=1., absolute=True, tau=.905, norm='min_max', target='-loss'),
     smoke = dict(arch='timm/test_byobnet', size=32, bs=32, epochs=1, lr=.001, pretrain_epochs=1, decoder_width=8, momentum=.99),
 )
 
-# %% ../nbs/12_table.ipynb #d9b0e026
+# %% ../nbs/12_table.ipynb #0743b8e5
 def _vary(name, *values, **fixed): return [{name:v, **fixed} for v in values]
 
 experiments = dict(
     tuning = [dict(synth=s, lr=l) for s in ('none','both','views') for l in (.004, .006, .01)],
     headline = _vary('synth', 'none', 'both', 'cam', 'low_var', 'random'),
     controls = _vary('synth', 'none', 'reconstruction', 'jitter', 'views', 'random', 'both'),
-    pairs = [dict(augment=a, residual=r) for a in (True, False) for r in (True, False)],
+    pairs = [dict(), dict(max_pairs=None), dict(max_pairs=16), dict(anchor='rec'), dict(residual=False), dict(anchor='rec', residual=False), dict(anchor='rec', augment=False), dict(anchor='rec', residual=False, augment=False)],
     simsiam = _vary('synth', 'none', 'both', 'cam', 'low_var', 'random', 'views', method='simsiam'),
-    length = [dict(synth=s, epochs=e) for e in (3, 6, 12, 24) for s in ('none','both','views')],
+    length = [dict(synth=s, epochs=e) for e in (3, 6, 12, 24) for s in ('none','both')],
     norm = [dict(synth='cam', norm=n, target=t) for t in ('-loss','loss','abs') for n in ('min_max','batch','quantile','log','rank')],
     matched = [dict(synth=s, distance=d) for d in (.01, .03) for s in ('cam','low_var','random')],
     lam = _vary('lam', 0.1, 0.25, 0.5, 1.0, 2.0),
@@ -51,11 +51,11 @@ experiments = dict(
     beta = _vary('beta', 0., 0.25, 0.5, 0.75, 1.0),
 )
 
-# %% ../nbs/12_table.ipynb #7934f40b
+# %% ../nbs/12_table.ipynb #d6a20bcb
 _measures = 'seconds top1_100 top1_50 top1_20 rank1 rank5 map rank1_gallery map_gallery'.split()
 _first = 'experiment data encoder size method synth seed epochs'.split()
 _train = 'bs lr head_mult momentum pretrained frozen_bn'.split()
-_pair = 'lam max_pairs'.split()
+_pair = 'lam max_pairs anchor'.split()
 _decoder = 'pretrain_epochs update decoder_lr decoder_width beta'.split()
 _noise = 'sigma_cam sigma_var tau target norm absolute distance augment residual'.split()
 _others = 'split knn feat_std rec_loss pair_diff decoded_top1 preset commit machine torch'.split()
