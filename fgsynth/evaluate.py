@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['features', 'Probe', 'fit_probe', 'top_k', 'probe_features', 'linear_probe', 'retrieval', 'knn', 'evaluate']
 
-# %% ../nbs/08_evaluate.ipynb #2fcc59f9
+# %% ../nbs/08_evaluate.ipynb #de36925a
 import math
+import numpy as np
 import torch
 from torch import nn, Tensor
 import torch.nn.functional as F
@@ -167,32 +168,39 @@ def linear_probe(
         torch.manual_seed(seed)
         return probe_features(z, y, zt, yt, draw=draw, **kw)
 
-# %% ../nbs/08_evaluate.ipynb #d40a870e
+# %% ../nbs/08_evaluate.ipynb #c0f93269
 @torch.no_grad()
 def retrieval(
     z:Tensor, # (N, d) features of the queries
     y:Tensor, # (N,) their labels
     gallery:Tensor=None, # (M, d) features to search; None: the queries themselves, each left out of its own search
     gallery_y:Tensor=None, # (M,) labels of the gallery
-    bs:int=None, # Queries at a time; None: as many as give 8 million similarities
+    bs:int=None, # Queries at a time; None: as many as give 16 million similarities
 )->dict: # 'rank1', 'rank5' and 'map' in percent, 'queries' (answered) and 'skipped' (no image of their class in the gallery)
     "Exact retrieval by cosine similarity: rank-1, rank-5 and mean average precision"
     z,y = _check(z, y); own = gallery is None
     if not own and gallery_y is None: raise InputError("The gallery has no labels: pass `gallery_y`.")
     g,gy = (z,y) if own else _check(gallery, gallery_y, 'gallery ')
-    g,gy = F.normalize(g.to(z.device).double(), dim=1), gy.to(z.device)
-    m = len(g); rank = torch.arange(1, m+1, device=z.device)
+    unit = lambda o: F.normalize(o.double(), dim=1).float()
+    z,g,gy = unit(z),unit(g.to(z.device)),gy.to(z.device)
+    m = len(g)
     tot,n = torch.zeros(3, dtype=torch.float64, device=z.device), 0
-    for i in torch.arange(len(z), device=z.device).split(bs or max(1, 2**23//m)):
+    for i in torch.arange(len(z), device=z.device).split(bs or max(1, 2**24//m)):
         hit = y[i][:,None]==gy
         if own: hit[torch.arange(len(i)), i] = False
-        key = 2*(F.normalize(z[i].double(), dim=1)@g.T).mul(1e9).round().long() - hit.long()
-        if own: key[torch.arange(len(i)), i] = -2**40                    # the query itself: last, and even
-        hit = (key.sort(1, descending=True).values & 1).double()
-        n_pos = hit.sum(1); ok = n_pos>0
-        ap = (hit*hit.cumsum(1)/rank).sum(1)/n_pos.clamp(min=1)
-        tot += torch.stack([hit[:,:1].amax(1), hit[:,:5].amax(1), ap])[:,ok].sum(1)
-        n += int(ok.sum())
+        key = (z[i]@g.T).mul_(2**22).round_().int().mul_(2).sub_(hit.int())
+        if own: key[torch.arange(len(i)), i] = -2**30                    # the query itself: last, and even
+        n_pos = hit.sum(1); n_pos = n_pos[n_pos>0]
+        if not len(n_pos): continue
+        key = torch.from_numpy(np.sort(key.numpy(), 1)) if key.device.type=='cpu' else key.sort(1).values
+        place = m - (key & 1).bool().nonzero()[:,1]                          # of the right images, query by query, the worst first
+        end = n_pos.cumsum(0)
+        q = torch.arange(len(n_pos), device=z.device).repeat_interleave(n_pos)
+        right = end[q] - torch.arange(len(q), device=z.device)               # right images down to and including each
+        best = place[end-1]
+        ap = torch.zeros(len(n_pos), dtype=torch.float64, device=z.device).index_add_(0, q, right.double()/place)/n_pos
+        tot += torch.stack([best<=1, best<=5, ap]).sum(1)
+        n += len(n_pos)
     if not n: raise InputError("No query has another image of its class to find: retrieval needs classes with at least two images.")
     r = (100*tot/n).tolist()
     return dict(rank1=r[0], rank5=r[1], map=r[2], queries=n, skipped=len(z)-n)
@@ -219,7 +227,7 @@ def knn(
         hits += int((votes.argmax(1)==t).sum())
     return 100*hits/len(z_test)
 
-# %% ../nbs/08_evaluate.ipynb #bf073c49
+# %% ../nbs/08_evaluate.ipynb #3f27cfd5
 def evaluate(
     encoder:nn.Module, # Maps images (B, 3, S, S) in [0, 1] to (B, d)
     items, # `Items` with labelled training and test images
@@ -229,8 +237,9 @@ def evaluate(
     bs:int=256, # Images at a time
     device=None, # Where the encoder runs; None: where it is
     progress=None, # Called with one line of text after each stage, for example `print`
+    decoder:nn.Module=None, # Features (b, d) to images (b, 3, S, S): also ask what is still there after decoding
     **kw, # Passed to `fit_probe`
-)->dict: # 'top1_100', 'top1_50', 'top1_20' (by `pcts`), 'rank1', 'rank5', 'map', 'rank1_gallery', 'map_gallery', 'knn', in percent
+)->dict: # 'top1_100', 'top1_50', 'top1_20' (by `pcts`), 'rank1', 'rank5', 'map', 'rank1_gallery', 'map_gallery', 'knn', with a decoder 'decoded_top1', in percent
     "Linear probe, retrieval and kNN from one pass over the images"
     say = progress or (lambda s: None)
     x,y,good = _split(items, 'train', size); xt,yt,_ = _split(items, 'test', size)
@@ -239,7 +248,11 @@ def evaluate(
     res,n_classes = {}, int(max(y.max(), yt.max()))+1
     for p in pcts:
         i,k = torch.isin(good, label_fraction(items, p, seed)), f'top1_{100*p:g}'
-        res[k] = probe_features(z[i], y[i], zt, yt, seed=seed, n_classes=n_classes, **kw)
+        probe = fit_probe(z[i], y[i], n_classes, seed=seed, **kw)
+        with torch.no_grad(): res[k] = top_k(probe(zt), yt)
+        if decoder is not None and p==max(pcts):
+            dev = next(decoder.parameters()).device
+            with torch.no_grad(), eval_mode(decoder): res['decoded_top1'] = top_k(probe(torch.cat([features(encoder, decoder(o.to(dev)), device=device) for o in zt.split(bs)])), yt)
         say(f'linear probe, {100*p:g} % of the labels: {res[k]:.1f}')
     r,g = retrieval(zt, yt), retrieval(zt, yt, z, y)
     res.update(rank1=r['rank1'], rank5=r['rank5'], map=r['map'], rank1_gallery=g['rank1'], map_gallery=g['map'], knn=knn(z, y, zt, yt))

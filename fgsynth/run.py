@@ -125,7 +125,7 @@ def _pictures(learn, out, x):
         _save(show_variance(net.bank.std(), learn.perturb.threshold()), out/'variance.png')
         syn.save(out/'synth.safetensors'); torch.save((x*255).round().byte().cpu(), out/'examples.pt')
 
-# %% ../nbs/11_run.ipynb #25d8a97f
+# %% ../nbs/11_run.ipynb #f904bd75
 synth_modes = dict(none='the method alone', both='synthesized pairs, shaken by scores and by variance (the method of the paper)', cam='by scores alone', low_var='by variance alone',
     random='everywhere alike, with the same energy', reconstruction="the decoder's error alone (weight beta), no pairs",
     jitter='control without a decoder: pairs of the clean image in two random colours and blurs', views='control without a decoder: pairs of two more views')
@@ -191,7 +191,7 @@ def train(
     augment:store_true=False, # Look at the decoded images through random views
     residual:store_true=False, # Add to the decoded images what the decoder could not draw
     anchor:str='rec', # What the perturbed image is compared with: rec (the reconstruction, as in the paper) or view (the method's first view of the clean image; half the cost)
-    max_pairs:int=None, # Synthesize only the first so many images of each batch
+    max_pairs:float=None, # Synthesize only the first so many images of each batch, or, up to 1, this share of it
     update:str='own', # Who moves the decoder during training: own (an Adam of its own), joint or frozen
     decoder_lr:float=1e-3, # Learning rate of the decoder's own Adam
     decoder_width:int=32, # Width of the decoder
