@@ -33,16 +33,17 @@ presets = dict(
     smoke = dict(arch='timm/test_byobnet', size=32, bs=32, epochs=1, lr=.001, pretrain_epochs=1, decoder_width=8, momentum=.99),
 )
 
-# %% ../nbs/12_table.ipynb #c02da17d
+# %% ../nbs/12_table.ipynb #95d18a97
 def _vary(name, *values, **fixed): return [{name:v, **fixed} for v in values]
 
 experiments = dict(
     tuning = [dict(synth=s, lr=l) for s in ('none','both','views') for l in (.0025, .004, .006, .01)],
-    headline = _vary('synth', 'none', 'both', 'cam', 'low_var', 'random'),
+    headline = [*_vary('synth', 'none', 'both', 'cam', 'low_var', 'random'), dict(synth='none', lr=.01)],
     controls = _vary('synth', 'none', 'reconstruction', 'jitter', 'views', 'random', 'both'),
     pairs = [dict(), dict(max_pairs=None), dict(max_pairs=16), dict(anchor='rec'), dict(residual=False), dict(anchor='rec', residual=False), dict(anchor='rec', augment=False), dict(anchor='rec', residual=False, augment=False)],
     simsiam = _vary('synth', 'none', 'both', 'cam', 'low_var', 'random', 'views', method='simsiam'),
-    length = [dict(synth=s, epochs=e) for e in (3, 6, 12, 24) for s in ('none','both')],
+    length = [dict(synth=s, epochs=e) for e in (3, 6, 12) for s in ('none','both')],
+    decoder = [*_vary('update', 'frozen', 'own', 'joint'), dict(update='frozen', pretrain_epochs=20)],
     norm = [dict(synth='cam', norm=n, target=t) for t in ('-loss','loss','abs') for n in ('min_max','batch','quantile','log','rank')],
     matched = [dict(synth=s, distance=d) for d in (.01, .03) for s in ('cam','low_var','random')],
     lam = _vary('lam', 0.1, 0.25, 0.5, 1.0, 2.0),
@@ -232,9 +233,9 @@ def shake_test(
             rows.append(row(k, d, z[me] + a*e, a/z.std(0).mean().item()))
     return pd.DataFrame(rows)
 
-# %% ../nbs/12_table.ipynb #cf4e63a7
+# %% ../nbs/12_table.ipynb #5de10e25
 def table(
-    name:str, # Experiment: shake (see `shake_test`), tuning, headline, controls, pairs, simsiam, length, norm, matched, lam, tau, sigma_cam, sigma_var or beta
+    name:str, # Experiment: shake (see `shake_test`), tuning, headline, controls, pairs, decoder, simsiam, length, norm, matched, lam, tau, sigma_cam, sigma_var or beta
     data:str='gtsrb', # Name of a labelled data set, or a folder with one sub-folder per class
     path:str=None, # Where the data set lies
     seeds:int=5, # Runs of each configuration
