@@ -33,13 +33,14 @@ presets = dict(
     smoke = dict(arch='timm/test_byobnet', size=32, bs=32, epochs=1, lr=.001, pretrain_epochs=1, decoder_width=8, momentum=.99),
 )
 
-# %% ../nbs/12_table.ipynb #95d18a97
+# %% ../nbs/12_table.ipynb #7b773e7f
 def _vary(name, *values, **fixed): return [{name:v, **fixed} for v in values]
 
 experiments = dict(
     tuning = [dict(synth=s, lr=l) for s in ('none','both','views') for l in (.0025, .004, .006, .01)],
+    start = [dict(synth='none', epochs=0)],
     headline = [*_vary('synth', 'none', 'both', 'cam', 'low_var', 'random'), dict(synth='none', lr=.01)],
-    controls = _vary('synth', 'none', 'reconstruction', 'jitter', 'views', 'random', 'both'),
+    controls = [*_vary('synth', 'none', 'views', 'jitter', 'random', 'both'), dict(synth='reconstruction', beta=.5)],
     pairs = [dict(), dict(max_pairs=None), dict(max_pairs=16), dict(anchor='rec'), dict(residual=False), dict(anchor='rec', residual=False), dict(anchor='rec', augment=False), dict(anchor='rec', residual=False, augment=False)],
     simsiam = _vary('synth', 'none', 'both', 'cam', 'low_var', 'random', 'views', method='simsiam'),
     length = [dict(synth=s, epochs=e) for e in (3, 6, 12) for s in ('none','both')],
@@ -76,7 +77,7 @@ def row_key(
     key = dict(data=s.data, encoder=s.arch, **{k:getattr(s, k) for k in _first[3:] + _train + _pair + _decoder + _noise}, split=split)
     return {k:'' if k in unused else _text(v) for k,v in key.items()}
 
-# %% ../nbs/12_table.ipynb #b9980247
+# %% ../nbs/12_table.ipynb #50f632b8
 def _machine():
     "Processor and threads, in a few words"
     if torch.cuda.is_available(): return torch.cuda.get_device_name()
@@ -108,8 +109,10 @@ def measure_run(
             _decoders.clear(); _decoders[key] = {k:v.clone() for k,v in net.decoder.state_dict().items()}, time.time()-start
         sd,seconds = _decoders[key]
         net.decoder.load_state_dict(sd)
-    with learn.no_logging(): seconds += fit(learn, s)
-    last = {k:v[-1] for k,v in history(learn).items()}
+    last = {}
+    if s.epochs: # without, the start is measured
+        with learn.no_logging(): seconds += fit(learn, s)
+        last = {k:v[-1] for k,v in history(learn).items()}
     res = dict(row_key(s, split), seconds=seconds, **{k:last.get(k) for k in ('feat_std','rec_loss','pair_diff')},
                 **evaluate(net.encoder, items, s.size, seed=s.seed, decoder=getattr(net, 'decoder', None)))
     return dict(res, commit=_commit(), machine=_machine(), torch=torch.__version__)
@@ -233,9 +236,9 @@ def shake_test(
             rows.append(row(k, d, z[me] + a*e, a/z.std(0).mean().item()))
     return pd.DataFrame(rows)
 
-# %% ../nbs/12_table.ipynb #5de10e25
+# %% ../nbs/12_table.ipynb #6db26f4b
 def table(
-    name:str, # Experiment: shake (see `shake_test`), tuning, headline, controls, pairs, decoder, simsiam, length, norm, matched, lam, tau, sigma_cam, sigma_var or beta
+    name:str, # Experiment: shake (see `shake_test`), tuning, start, headline, controls, pairs, decoder, simsiam, length, norm, matched, lam, tau, sigma_cam, sigma_var or beta
     data:str='gtsrb', # Name of a labelled data set, or a folder with one sub-folder per class
     path:str=None, # Where the data set lies
     seeds:int=5, # Runs of each configuration

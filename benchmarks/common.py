@@ -1,0 +1,40 @@
+"""Time things side by side: alternating in one process, medians, kept as JSON with the machine that they were measured on"""
+import json, platform, statistics, subprocess, sys, time
+from pathlib import Path
+import torch, torchvision, fastai, fgsynth
+from fgsynth.table import _commit, _machine
+
+root = Path(__file__).resolve().parent.parent
+gtsrb = root.parent/'shared/data/gtsrb'
+
+def now():
+    "Seconds, after everything that the accelerator was asked for is done"
+    if torch.cuda.is_available(): torch.cuda.synchronize()
+    return time.perf_counter()
+
+def alternate(fs, rounds=5, warm=1):
+    "Call each function of the dict `fs` in turn, `rounds` times; returns the lists of seconds of each, without the first `warm`"
+    res = {k:[] for k in fs}
+    for r in range(rounds+warm):
+        for k,f in fs.items():
+            t = now(); out = f(); t = now()-t
+            if r>=warm: res[k] += out if isinstance(out, list) else [t]     # a function may time its own parts
+    return res
+
+def rows_of(times, base):
+    "Median, spread and ratio to `base` of what `alternate` returned"
+    med = {k:statistics.median(v) for k,v in times.items()}
+    return [dict(name=k, seconds=med[k], low=min(v), high=max(v), n=len(v), ratio=med[k]/med[base]) for k,v in times.items()]
+
+def save(name, question, rows, **info):
+    "Print the rows and write them to results/bench/NAME.json"
+    cols = list(dict.fromkeys(k for r in rows for k in r))
+    fmt = lambda v: f'{v:.3g}' if isinstance(v, float) else str(v)
+    text = [[c for c in cols]] + [[fmt(r.get(c, '')) for c in cols] for r in rows]
+    wide = [max(len(t[i]) for t in text) for i in range(len(cols))]
+    print('\n'.join([question] + ['  '.join(s.ljust(w) for s,w in zip(t, wide)).rstrip() for t in text]), flush=True)
+    out = root/'results/bench'/f'{name}.json'; out.parent.mkdir(parents=True, exist_ok=True)
+    head = dict(question=question, machine=_machine(), cores=torch.get_num_threads(), commit=_commit(), python=platform.python_version(), torch=torch.__version__,
+                torchvision=torchvision.__version__, fastai=fastai.__version__, fgsynth=fgsynth.__version__, command=' '.join([Path(sys.argv[0]).name, *sys.argv[1:]]), **info)
+    out.write_text(json.dumps(dict(head, rows=rows), indent=1)+'\n')
+    print(f'wrote {out.relative_to(root)}\n')
