@@ -6,8 +6,8 @@
 __all__ = ['signs', 'data_sets', 'to_rgb', 'decode_image', 'float_images', 'load_images', 'Items', 'label_fraction', 'hold_out',
            'get_dataset', 'ImageDS', 'ImageDL', 'ssl_dls', 'labelled_dls']
 
-# %% ../nbs/01_data.ipynb #05918c64
-import os, csv, inspect, warnings
+# %% ../nbs/01_data.ipynb #116f2c2d
+import os, contextlib, csv, hashlib, inspect, warnings
 import numpy as np
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -76,18 +76,64 @@ def _bad_note(bad, n):
     names = ', '.join(map(str, bad[:5])) + (', ...' if len(bad)>5 else '')
     warnings.warn(f"{len(bad):,} of {n:,} images cannot be read and {'is' if len(bad)==1 else 'are'} left out: {names}", stacklevel=3)
 
-# %% ../nbs/01_data.ipynb #95a97d30
+# %% ../nbs/01_data.ipynb #482bfbae
+def _map(file, n, size, shared=False):
+    "A file of bytes as n images; changes go to the file only where `shared`"
+    return torch.from_file(str(file), shared=shared, size=n*3*size**2, dtype=torch.uint8).view(n, 3, size, size)
+
+class _Cache:
+    "Decoded images of one size in a file, which is there when all of them are; its name tells which files they came from"
+    def __init__(self, folder, images, size):
+        stats = [(str(Path(o).resolve()), *((s.st_size, s.st_mtime_ns) if (s := _stat(o)) else ())) for o in images]
+        self.folder,self.size,self.n = Path(folder).expanduser(),size,len(images)
+        self.file = self.folder/f'{hashlib.sha256(repr(stats).encode()).hexdigest()[:16]}_{size}.u8'
+        self.index,self.tmp = self.file.with_suffix('.npy'),self.file.with_suffix(f'.{os.getpid()}')
+
+    def read(self):
+        "Images and their positions, or None"
+        if not self.index.is_file(): return
+        good = torch.from_numpy(np.load(self.index))
+        if self.file.is_file() and self.file.stat().st_size>=len(good)*3*self.size**2: return _map(self.file, len(good), self.size),good
+
+    def start(self):
+        "Room for all images, as a tensor"
+        size = self.n*3*self.size**2
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with open(self.tmp, 'wb') as f: os.posix_fallocate(f.fileno(), 0, size) if hasattr(os, 'posix_fallocate') else f.truncate(size)
+        except OSError as e:
+            self.drop()
+            raise InputError(f"The decoded images need {size/1e9:.1f} GB in {self.folder}, but: {e.strerror}. Choose another cache_dir, or none, to decode again in each epoch.") from None
+        return _map(self.tmp, self.n, self.size, shared=True)
+
+    def finish(self, good):
+        os.replace(self.tmp, self.file)
+        with open(self.tmp, 'wb') as f: np.save(f, good.numpy())
+        os.replace(self.tmp, self.index)
+
+    def drop(self):
+        with contextlib.suppress(OSError): self.tmp.unlink()
+
+def _stat(f):
+    try: return os.stat(f)
+    except OSError: return None
+
 def load_images(
     images, # Paths, or a torch.uint8 tensor (N, 3, H, W)
     size:int, # Side of the result, in pixels
     num_workers:int=None, # Decoding threads; default: one per core, at most 16
-    progress:bool=None # Show a progress bar? Default: from 2,000 files on
+    progress:bool=None, # Show a progress bar? Default: from 2,000 files on
+    cache_dir=None, # Folder that keeps decoded files for the next time; they are then mapped into memory in place of read, and so may exceed it
 )->tuple: # torch.uint8 (M, 3, size, size), and the LongTensor (M,) of positions in `images` that could be read
     "Decode and resize images in parallel; unreadable ones are skipped and named in one warning"
     n = len(images)
     if not n: raise InputError("There are no images to load.")
     if isinstance(images, torch.Tensor): return _resize(images, size), torch.arange(n)
-    out,ok = torch.empty(n,3,size,size, dtype=torch.uint8),torch.zeros(n, dtype=torch.bool)
+    cache = None if cache_dir is None else _Cache(cache_dir, images, size)
+    if cache and (found := cache.read()) is not None:
+        if len(found[1])<n: _bad_note([images[i] for i in sorted(set(range(n))-set(found[1].tolist()))], n)
+        return found
+    out,ok = cache.start() if cache else torch.empty(n,3,size,size, dtype=torch.uint8),torch.zeros(n, dtype=torch.bool)
     def _load(i):
         try: out[i] = decode_image(images[i], size)
         except Exception: return
@@ -97,13 +143,21 @@ def load_images(
         it = ex.map(_load, range(n))
         try:
             for _ in progress_bar(it, total=n, leave=False) if ifnone(progress, n>=2000) else it: pass
-        except BaseException: ex.shutdown(wait=False, cancel_futures=True); raise
+        except BaseException:
+            ex.shutdown(wait=False, cancel_futures=True)
+            if cache: cache.drop()
+            raise
     good,bad = ok.nonzero()[:,0],(~ok).nonzero()[:,0].tolist()
-    if len(bad)==n: raise InputError(f"None of the {n:,} images can be read (the first is {images[0]}): check that they are image files.")
-    if bad: _bad_note([images[i] for i in bad], n)
-    return (out[good] if bad else out), good
+    if len(bad)==n:
+        if cache: cache.drop()
+        raise InputError(f"None of the {n:,} images can be read (the first is {images[0]}): check that they are image files.")
+    if bad:
+        _bad_note([images[i] for i in bad], n)
+        for to,i in enumerate(good.tolist()): out[to] = out[i]               # closes the gaps, in memory or in the file
+    if cache: cache.finish(good); return cache.read()
+    return out[:len(good)], good
 
-# %% ../nbs/01_data.ipynb #45492d5e
+# %% ../nbs/01_data.ipynb #3f538b39
 @dataclass(eq=False, repr=False)
 class Items:
     "The images, labels and class names of a data set with its train and test split"
@@ -116,6 +170,7 @@ class Items:
     train_masks:torch.Tensor=None # torch.uint8 (N, H, W), where the data set says which pixels tell the classes apart
     test_masks:torch.Tensor=None # The same for the test images
     train_groups:list=None # For each training image, which object or scene it shows, where the data set tells (GTSRB: the track of frames)
+    cache_dir:str=None # Folder that keeps decoded images, see `load_images`
 
     @property
     def labelled(self): return self.train_labels is not None
@@ -128,7 +183,7 @@ class Items:
         "`load_images` of one split, kept for the next call"
         images,mem = getattr(self, split),self.__dict__.setdefault('_mem', {})
         if split not in mem or mem[split][0] is not images or mem[split][1]!=size:
-            mem[split] = images,size,load_images(images, size, num_workers)
+            mem[split] = images,size,load_images(images, size, num_workers, cache_dir=self.cache_dir)
         return mem[split][2]
 
     def __getstate__(self): return {k:v for k,v in self.__dict__.items() if k!='_mem'}
@@ -335,12 +390,13 @@ def _imagenet100(path):
     res = _folder(d, name='imagenet100')
     return res if res.labelled else _fail(f"The folders in {d} should hold one sub-folder per class.")
 
-# %% ../nbs/01_data.ipynb #3d99c670
+# %% ../nbs/01_data.ipynb #7d5a8292
 data_sets = {f.__name__[1:]:f for f in (_finches,_gtsrb,_cub200,_cars,_aircraft,_isic2017,_cifar100,_imagenet100,_folder)}
 
 def get_dataset(
     name, # One of `data_sets`, or a folder of images (write './cars' for a folder that is called like a data set)
     path=None, # Where the data set lies; not needed for 'finches' and when `name` is a folder
+    cache_dir=None, # Folder that keeps decoded images for the next run, see `load_images`
     **kwargs # 'finches': n_train, n_test, size, n_species, seed; folders: test_pct, seed; 'aircraft': level
 )->Items:
     "A data set by name, or any folder of images"
@@ -358,7 +414,9 @@ def get_dataset(
     path = Path(path).expanduser()
     if not path.exists(): raise InputError(f"The path {path} does not exist: check the spelling.")
     if not path.is_dir(): raise InputError(f"{path} is a file: give the folder that holds the images.")
-    return f(path, **kwargs)
+    items = f(path, **kwargs)
+    items.cache_dir = cache_dir
+    return items
 
 # %% ../nbs/01_data.ipynb #2bba27ea
 class ImageDS:
@@ -413,7 +471,7 @@ class ImageDS:
         self.named |= self.bad
         if len(new): _bad_note([self.images[i] for i in self.rows[new].tolist()], len(self))
 
-# %% ../nbs/01_data.ipynb #76784a3f
+# %% ../nbs/01_data.ipynb #a6b82bb5
 class ImageDL(TfmdDL):
     "A `TfmdDL` that cuts whole batches out of an `ImageDS` in memory"
     def create_batches(self, samps):
@@ -431,7 +489,7 @@ def _image_ds(items, split, sel, size, cache, num_workers, labels=None):
     "`ImageDS` of the images `sel` of one split; targets are `labels`, else the images' indices"
     images = getattr(items, split)
     if cache not in ('auto',True,False): raise InputError(f"cache must be 'auto', True or False, not {cache!r}.")
-    if cache=='auto': cache = len(images)*3*size**2 <= 2e9
+    if cache=='auto': cache = items.cache_dir is not None or len(images)*3*size**2 <= 2e9
     if not len(sel): images,rows,idx,cache = torch.empty(0,3,size,size, dtype=torch.uint8),sel,sel,True
     elif cache:
         images,good = items.load(split, size, num_workers)
@@ -459,7 +517,7 @@ def _check_size(size, bs):
     if size!=int(size) or size<32: raise InputError(f"Images must be at least 32 pixels wide, not {size}: choose size=32 or more.")
     if bs!=int(bs) or bs<1: raise InputError(f"A batch needs at least one image, not {bs}: choose bs=1 or more.")
 
-# %% ../nbs/01_data.ipynb #c7419c7d
+# %% ../nbs/01_data.ipynb #f1ae43bc
 def ssl_dls(
     items, # `Items`; labels are not used
     size:int=64, # Side of the images, in pixels; at least 32
@@ -468,7 +526,7 @@ def ssl_dls(
     valid_pct:float=0., # Part of the training images held out for validation; 0 leaves the valid loader empty
     seed:int=0, # Seed of that hold-out
     device=None, # Where batches go; default: fastai's
-    cache='auto' # Decode once and keep in memory? 'auto' does when it takes at most 2 GB; True, False
+    cache='auto' # Decode once and keep in memory? 'auto' does when it takes at most 2 GB, or when `items.cache_dir` is set; True, False
 )->DataLoaders: # batches (x, i): TensorImage float (B, 3, size, size) in [0, 1], LongTensor (B,) of indices into `items.train`
     "Clean, unlabelled training images in random order, on the device"
     _check_size(size, bs)

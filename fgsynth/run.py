@@ -125,7 +125,7 @@ def _pictures(learn, out, x):
         _save(show_variance(net.bank.std(), learn.perturb.threshold()), out/'variance.png')
         syn.save(out/'synth.safetensors'); torch.save((x*255).round().byte().cpu(), out/'examples.pt')
 
-# %% ../nbs/11_run.ipynb #f904bd75
+# %% ../nbs/11_run.ipynb #b1581de2
 synth_modes = dict(none='the method alone', both='synthesized pairs, shaken by scores and by variance (the method of the paper)', cam='by scores alone', low_var='by variance alone',
     random='everywhere alike, with the same energy', reconstruction="the decoder's error alone (weight beta), no pairs",
     jitter='control without a decoder: pairs of the clean image in two random colours and blurs', views='control without a decoder: pairs of two more views')
@@ -137,10 +137,10 @@ def synth_callbacks(
     "What a run adds to the self-supervised method"
     check_name(synth, synth_modes, 'synth mode')
     if synth=='none': return []
-    if synth=='reconstruction': return [DecoderCallback(s.beta, s.update, s.decoder_lr, width=s.decoder_width)]
+    if synth=='reconstruction': return [DecoderCallback(s.beta, s.update, s.decoder_lr, width=s.decoder_width, max_pairs=None)]
     if synth=='views': return [SynthPairCallback(s.lam, lambda x: (x, x), s.max_pairs, augment=True, anchor=s.anchor)]
-    if synth=='jitter': return [SynthPairCallback(s.lam, Views(s.size, scale=(1,1), ratio=(1,1), flip=0, p_jitter=1, p_blur=1), s.max_pairs, anchor=s.anchor)]
-    return synth_pairs(synth, s.sigma_cam, s.sigma_var, s.lam, s.beta, s.update, None, s.decoder_lr, s.decoder_width, s.max_pairs, s.augment, s.residual, s.anchor,
+    if synth=='jitter': return [SynthPairCallback(s.lam, Views(s.size, scale=(1,1), ratio=(1,1), flip=0, p_jitter=1, p_blur=1), s.max_pairs, augment=False, anchor=s.anchor)]
+    return synth_pairs(synth, s.sigma_cam, s.sigma_var, s.lam, s.beta, s.update, None, s.decoder_lr, s.decoder_width, s.max_pairs, bool(s.augment), bool(s.residual), s.anchor,
                        tau=s.tau, target=s.target, norm=s.norm, relative=not s.absolute, distance=s.distance)
 
 def build(
@@ -154,7 +154,8 @@ def build(
     dls = ssl_dls(items, size=s.size, bs=s.bs)
     method = methods[check_name(s.method, methods, 'method')]
     method = method(momentum=s.momentum) if s.method=='mocov2' else method()
-    return ssl_learner(dls, s.arch, method, cbs=cbs, pretrained=s.pretrained, weights=s.weights, frozen_bn=None if s.frozen_bn is None else bool(s.frozen_bn))
+    return ssl_learner(dls, s.arch, method, cbs=cbs, pretrained=s.pretrained, weights=s.weights, frozen_bn=None if s.frozen_bn is None else bool(s.frozen_bn),
+                       precision=s.precision)
 
 def fit(
     learn:Learner, # From `build`
@@ -169,6 +170,7 @@ def fit(
 def train(
     data:str='finches', # Name of a data set (finches, gtsrb, cub200, cars, aircraft, isic2017, cifar100, imagenet100), or a folder of images
     path:str=None, # Where the data set lies
+    cache_dir:str=None, # Folder that keeps decoded images for the next run, and for more of them than fit into memory
     arch:str='resnet18', # Encoder: any classifier of torchvision or timm
     size:int=64, # Height and width of the images in pixels, 32 or more
     bs:int=128, # Images in a batch
@@ -182,22 +184,23 @@ def train(
     sigma_var:float=3., # Strength of the noise on low-variance dimensions, likewise
     tau:float=0.905, # Threshold of low variance, in units of one over the root of the number of features
     lam:float=0.5, # Weight of the pair loss
-    beta:float=0.5, # Weight of the reconstruction error
+    beta:float=0., # Weight of the reconstruction error (0.5 in the paper)
     momentum:float=0.999, # Of MoCo's key encoder; less for runs of a few hundred steps
     target:str='-loss', # What Grad-CAM explains: -loss, loss or abs
     norm:str='min_max', # How scores are scaled: min_max (the paper's), batch, quantile, log or rank
     absolute:store_true=False, # Take both sigmas in the units of the features, as the paper does
     distance:float=None, # Hold the squared difference of the decoded pair here by scaling both sigmas
-    augment:store_true=False, # Look at the decoded images through random views
-    residual:store_true=False, # Add to the decoded images what the decoder could not draw
-    anchor:str='rec', # What the perturbed image is compared with: rec (the reconstruction, as in the paper) or view (the method's first view of the clean image; half the cost)
-    max_pairs:float=None, # Synthesize only the first so many images of each batch, or, up to 1, this share of it
+    augment:int=1, # 1: look at the perturbed images through random views, 0: do not, as in the paper
+    residual:int=1, # 1: add to the decoded images what the decoder could not draw, 0: do not, as in the paper
+    anchor:str='view', # What the perturbed image is compared with: view (the method's first view of the clean image) or rec (the reconstruction, as in the paper; twice the cost)
+    max_pairs:float=0.5, # Synthesize only the first so many images of each batch, or, up to 1, this share of it (1 in the paper)
     update:str='own', # Who moves the decoder during training: own (an Adam of its own), joint or frozen
     decoder_lr:float=1e-3, # Learning rate of the decoder's own Adam
     decoder_width:int=32, # Width of the decoder
     frozen_bn:int=None, # 1: keep the encoder's batch norm statistics, 0: do not; by default 1 for pretrained or local weights
     pretrained:store_true=False, # Start from ImageNet weights (downloaded once)
     weights:str=None, # Start from a local file with weights
+    precision:str='fp32', # fp32, bf16, or auto: whichever is faster here
     seed:int=0, # Random seed: start, order, views, noise
     out:str='runs/last', # Folder for everything about the run
     overwrite:store_true=False, # Replace a run that is already in that folder
@@ -207,7 +210,7 @@ def train(
     check_name(synth, synth_modes, 'synth mode'); check_name(method, methods, 'method')
     for k in 'epochs','bs','size':
         if getattr(s, k)<1: raise InputError(f"--{k} is {getattr(s, k)}: give a number from 1 up.")
-    items = _items(data, path, size)
+    items = _items(data, path, size, cache_dir)
     check_out(out, overwrite)
     learn = build(items, s)
     out = open_run(out, overwrite)
@@ -237,9 +240,9 @@ def settings(
     for k in changes: check_name(k, defaults, 'setting')
     return SimpleNamespace(**{**defaults, **changes})
 
-def _items(data, path, size):
+def _items(data, path, size, cache_dir=None):
     if data=='finches' and path is None: return get_dataset('finches', size=size)
-    return get_dataset(data, path)
+    return get_dataset(data, path, cache_dir)
 
 def _examples(items, size, device, n=24):
     split = 'test' if len(items.test) else 'train'

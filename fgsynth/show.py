@@ -136,7 +136,7 @@ def synthesizer(self:Learner):
     "A `Synthesizer` with this learner's networks as they are now"
     return Synthesizer.from_learner(self)
 
-# %% ../nbs/09_show.ipynb #ffbe3218
+# %% ../nbs/09_show.ipynb #f5a984ef
 def _grid(rows, labels, titles=None, scale=1.1):
     "Rows of images (n, 3, S, S) or maps, with a label for each row; returns the figure"
     n = max(len(r) for r in rows)
@@ -154,9 +154,9 @@ def show_pairs(
     s, # What a `Synthesizer` returned, or `learn.synth`: has x, rec, pert (B, 3, S, S) and cos (B,)
     max_n:int=8, # Images
 )->plt.Figure:
-    "Clean, reconstructed and perturbed images (Fig. 4); above them the cosine between the features of the two decoded ones"
-    rows = [o[:max_n] for o in (s.x, s.rec, s.pert)]
-    return _grid(rows, ['clean','reconstructed','perturbed'], [f'cos {c:.2f}' for c in s.cos[:max_n]])
+    "Clean, reconstructed and perturbed images (Fig. 4), and the clean one with the same change; above them the cosine between the features of the two decoded ones"
+    rows = [o[:max_n] for o in (s.x, s.rec, s.pert, (s.x + s.pert - s.rec).clamp(0, 1))]
+    return _grid(rows, ['clean','reconstructed','perturbed','clean + change'], [f'cos {c:.2f}' for c in s.cos[:max_n]])
 
 def _clean_batch(learn, x, n):
     "Some clean images on the learner's device, the same at every call"
@@ -171,7 +171,7 @@ def show_pairs(self:Learner,
     max_n:int=8, # Images
     **kw, # Passed to the `Synthesizer`: mode, sigma_cam, sigma_var, tau, seed
 ):
-    "Clean, reconstructed and perturbed images with the networks as they are now (Fig. 4)"
+    "`show_pairs` with the networks as they are now: what training learns from is the last row (`residual=True`), or the two decoded ones"
     show_pairs(self.synthesizer()(_clean_batch(self, x, max_n), **kw), max_n)
 
 # %% ../nbs/09_show.ipynb #b19888c9

@@ -54,7 +54,7 @@ class SynthCallback(Callback):
             self.learn.loss_grad = self.learn.loss_grad + weight*loss
             self.learn.loss = self.learn.loss_grad.detach().clone()
 
-# %% ../nbs/07_synth.ipynb #f97a77f8
+# %% ../nbs/07_synth.ipynb #64ae344a
 class OptState(nn.Module):
     "Carries an optimizer's state in a model's state dict"
     def __init__(self, opt): super().__init__(); self.__dict__['opt'] = opt
@@ -65,12 +65,12 @@ class DecoderCallback(SynthCallback):
     "Decode clean images from their features and learn from the error (Eq. 2)"
     order = 1
     def __init__(self,
-        beta:float=0.5, # Weight of the error in the encoder's loss (0.5 to 1.0 in the paper's Fig. 5); 0: the decoder learns, the encoder does not hear of it
+        beta:float=0., # Weight of the error in the encoder's loss (0.5 to 1.0 in the paper's Fig. 5); 0: the decoder learns, the encoder does not hear of it, and its backward pass is saved
         update:str='own', # Who moves the decoder during training: 'own' Adam, 'joint' with the encoder's optimizer, or nobody ('frozen')
         lr:float=1e-3, # Learning rate of its own Adam
         decoder:nn.Module=None, # A decoder (B, d) to (B, 3, size, size); by default `Decoder(d, size, width)`
         width:int=32, # Width of the default decoder
-        max_pairs:float=None, # Decode only the first so many images of each batch, or, up to 1, this share of it; all by default
+        max_pairs:float=0.5, # Decode only the first so many images of each batch, or, up to 1, this share of it; None: all, as in the paper
     ):
         check_name(update, ['own','joint','frozen'], 'decoder update')
         store_attr()
@@ -156,7 +156,7 @@ def pretrain_decoder(self:Learner,
         for p,r in zip(net.decoder.parameters(), needs_grad): p.requires_grad_(r); p.grad = None
     return pre
 
-# %% ../nbs/07_synth.ipynb #db74f6b9
+# %% ../nbs/07_synth.ipynb #8eb258ef
 class PerturbCallback(SynthCallback):
     "Shake the features' irrelevant dimensions (Eq. 3 to 6)"
     order,run_valid = 2,False
@@ -170,7 +170,7 @@ class PerturbCallback(SynthCallback):
         relative:bool=True, # Sigma in units of the features' spread; False: absolute, as in the paper
         bank_size:int=4096, # M, feature vectors remembered; cut to the size of the data set
         norm:str='min_max', # How scores are brought to [0, 1] (`normalize`); 'min_max' is the paper's (Eq. 4)
-        max_pairs:float=None, # Shake only so many images of each batch, likewise
+        max_pairs:float=0.5, # Shake only so many images of each batch, likewise
         distance:float=None, # Hold the mean squared difference of the two decoded images here, by scaling both sigmas as training goes; None: sigmas stay
     ):
         check_name(mode, MODES, 'perturbation mode')
@@ -213,17 +213,17 @@ class PerturbCallback(SynthCallback):
         if self.distance is None or not hasattr(s, 'diff'): return
         self.net.bank.gain.mul_((self.distance/s.diff.clamp_min(1e-8)).pow(.25).clamp(.7, 1.4)) # half a step towards it on the log scale
 
-# %% ../nbs/07_synth.ipynb #06c96a64
+# %% ../nbs/07_synth.ipynb #93afca60
 class SynthPairCallback(SynthCallback):
     "Learn that the reconstructed and the perturbed image show the same thing (Eq. 7)"
     order,run_valid = 3,False
     def __init__(self,
         lam:float=0.5, # lambda, weight of the pair loss (Table 6)
         pair=None, # A function from clean images (B, 3, S, S) to two images of each, in place of the synthesized pair: for controls
-        max_pairs:float=None, # Compare only so many images of each batch, likewise
-        augment:bool=False, # Look at both images through a random view of the method (crop, flip, colours), each its own
-        residual:bool=False, # Add to both decoded images what the decoder could not draw of the clean one, $x - D(z)$: a perfect decoder would leave nothing to add
-        anchor:str='rec', # What the perturbed image is compared with: 'rec', the reconstruction (Eq. 7), or 'view', the first view of the clean image, whose embedding is there already
+        max_pairs:float=0.5, # Compare only so many images of each batch, likewise
+        augment:bool=True, # Look at the images through a random view of the method (crop, flip, colours), each its own; the paper does not
+        residual:bool=True, # Add to both decoded images what the decoder could not draw of the clean one, $x - D(z)$: a perfect decoder would leave nothing to add; the paper does not
+        anchor:str='view', # What the perturbed image is compared with: 'view', the first view of the clean image, whose embedding is there already, or 'rec', the reconstruction (Eq. 7)
     ):
         check_name(anchor, ['rec','view'], 'anchor')
         store_attr()
@@ -239,7 +239,7 @@ class SynthPairCallback(SynthCallback):
         dev = self.learn.dls.device
         with torch.random.fork_rng([dev] if dev.type=='cuda' else []):
             torch.manual_seed((self.step_seed() + 1) % 2**63)
-            pair = [o.detach() for o in self.decoded()]
+            pair = self.learn.synth.pair = [o.detach() for o in self.decoded()]
             self.learn.synth.diff = self.learn.terms['pair_diff'] = F.mse_loss(*[o.float() for o in pair])
             if self.anchor=='view': pair = pair[1:]
             return [self.learn.ssl.view(o) for o in pair] if self.augment else pair
@@ -250,8 +250,7 @@ class SynthPairCallback(SynthCallback):
         if not hasattr(s, 'z_pert'): return s.x[:n], s.rec[:n]
         s.pert = self.net.decoder(s.z_pert[:n])
         if not self.residual: return s.rec[:n], s.pert
-        s.rec,s.pert = s.x[:n], (s.x[:n] + s.pert - s.rec[:n]).clamp(0, 1)
-        return s.rec, s.pert
+        return s.x[:n], (s.x[:n] + s.pert - s.rec[:n]).clamp(0, 1)
 
     def after_loss(self):
         ssl,pair = self.learn.ssl,self.images()
@@ -262,7 +261,7 @@ class SynthPairCallback(SynthCallback):
         self.learn.synth.cos = F.cosine_similarity(other.detach().float(), z.detach().float())
         self.add_loss('pair_loss', loss, self.lam)
 
-# %% ../nbs/07_synth.ipynb #97ca68a5
+# %% ../nbs/07_synth.ipynb #509c22b1
 PAPER = dict(sigma_cam=1., sigma_var=1., relative=False, tau=0.905, target='-loss', norm='min_max', lam=0.5, beta=0.5, update='joint',
              max_pairs=None, augment=False, residual=False, anchor='rec')
 
@@ -281,15 +280,15 @@ def synth_pairs(
     sigma_cam:float=3., # See `PerturbCallback`
     sigma_var:float=3., # See `PerturbCallback`
     lam:float=0.5, # lambda: see `SynthPairCallback`
-    beta:float=0.5, # See `DecoderCallback`
+    beta:float=0., # See `DecoderCallback`
     update:str='own', # See `DecoderCallback`
     decoder=None, # See `DecoderCallback`
     decoder_lr:float=1e-3, # See `DecoderCallback`
     decoder_width:int=32, # See `DecoderCallback`
-    max_pairs:float=None, # Synthesize only the first so many images of each batch, or, up to 1, this share of it; all by default
-    augment:bool=False, # See `SynthPairCallback`
-    residual:bool=False, # See `SynthPairCallback`
-    anchor:str='rec', # See `SynthPairCallback`
+    max_pairs:float=0.5, # Synthesize only the first so many images of each batch, or, up to 1, this share of it; None: all
+    augment:bool=True, # See `SynthPairCallback`
+    residual:bool=True, # See `SynthPairCallback`
+    anchor:str='view', # See `SynthPairCallback`
     paper:bool=False, # Take the paper's settings, `PAPER`, for what is not given
     **kwargs, # Passed to `PerturbCallback`: tau, tau_abs, target, norm, relative, bank_size, distance
 )->list: # Three callbacks
