@@ -125,7 +125,7 @@ def _pictures(learn, out, x):
         _save(show_variance(net.bank.std(), learn.perturb.threshold()), out/'variance.png')
         syn.save(out/'synth.safetensors'); torch.save((x*255).round().byte().cpu(), out/'examples.pt')
 
-# %% ../nbs/11_run.ipynb #b1581de2
+# %% ../nbs/11_run.ipynb #f584b44d
 synth_modes = dict(none='the method alone', both='synthesized pairs, shaken by scores and by variance (the method of the paper)', cam='by scores alone', low_var='by variance alone',
     random='everywhere alike, with the same energy', reconstruction="the decoder's error alone (weight beta), no pairs",
     jitter='control without a decoder: pairs of the clean image in two random colours and blurs', views='control without a decoder: pairs of two more views')

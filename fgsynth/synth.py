@@ -213,7 +213,7 @@ class PerturbCallback(SynthCallback):
         if self.distance is None or not hasattr(s, 'diff'): return
         self.net.bank.gain.mul_((self.distance/s.diff.clamp_min(1e-8)).pow(.25).clamp(.7, 1.4)) # half a step towards it on the log scale
 
-# %% ../nbs/07_synth.ipynb #93afca60
+# %% ../nbs/07_synth.ipynb #523b8e77
 class SynthPairCallback(SynthCallback):
     "Learn that the reconstructed and the perturbed image show the same thing (Eq. 7)"
     order,run_valid = 3,False
@@ -261,7 +261,7 @@ class SynthPairCallback(SynthCallback):
         self.learn.synth.cos = F.cosine_similarity(other.detach().float(), z.detach().float())
         self.add_loss('pair_loss', loss, self.lam)
 
-# %% ../nbs/07_synth.ipynb #509c22b1
+# %% ../nbs/07_synth.ipynb #5c34fd95
 PAPER = dict(sigma_cam=1., sigma_var=1., relative=False, tau=0.905, target='-loss', norm='min_max', lam=0.5, beta=0.5, update='joint',
              max_pairs=None, augment=False, residual=False, anchor='rec')
 
