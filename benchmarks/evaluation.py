@@ -22,9 +22,9 @@ def _naive(z, y, n=256):
 
 def _torchmetrics(z, y):
     from torchmetrics.functional.retrieval import retrieval_average_precision, retrieval_hit_rate
-    z = F.normalize(z, dim=1); ap = 0.
+    z = F.normalize(z, dim=1); ap = 0.                                       # torchmetrics takes scores of 0 and less for absent: hence 2 + cosine
     for i,q in enumerate(z):
-        s = z@q; keep = torch.arange(len(z))!=i
+        s = 2 + z@q; keep = torch.arange(len(z))!=i
         ap += retrieval_average_precision(s[keep], (y==y[i])[keep]).item()
     return 100*ap/len(z)
 

@@ -1,5 +1,5 @@
 """Images per second from files, end to end: MoCo v2 here and in lightly, on the same files, network and batch"""
-import copy, time
+from copy import deepcopy
 from fastcore.script import call_parse
 from fastai.vision.all import *
 from fgsynth.all import *
@@ -17,7 +17,7 @@ def lightly_epoch(folder, size, bs, workers, n):
         def __init__(self):
             super().__init__()
             self.backbone,self.head = nn.Sequential(*list(torchvision.models.resnet18().children())[:-1]),MoCoProjectionHead(512, 512, 128)
-            self.backbone_m,self.head_m = copy.deepcopy(self.backbone),copy.deepcopy(self.head)
+            self.backbone_m,self.head_m = deepcopy(self.backbone),deepcopy(self.head)
             for m in self.backbone_m,self.head_m: deactivate_requires_grad(m)
         def forward(self, x): return self.head(self.backbone(x).flatten(start_dim=1))
         def momentum(self, x): return self.head_m(self.backbone_m(x).flatten(start_dim=1)).detach()
