@@ -76,7 +76,7 @@ def _bad_note(bad, n):
     names = ', '.join(map(str, bad[:5])) + (', ...' if len(bad)>5 else '')
     warnings.warn(f"{len(bad):,} of {n:,} images cannot be read and {'is' if len(bad)==1 else 'are'} left out: {names}", stacklevel=3)
 
-# %% ../nbs/01_data.ipynb #482bfbae
+# %% ../nbs/01_data.ipynb #95d3ddbc
 def _map(file, n, size, shared=False):
     "A file of bytes as n images; changes go to the file only where `shared`"
     return torch.from_file(str(file), shared=shared, size=n*3*size**2, dtype=torch.uint8).view(n, 3, size, size)
@@ -153,7 +153,8 @@ def load_images(
         raise InputError(f"None of the {n:,} images can be read (the first is {images[0]}): check that they are image files.")
     if bad:
         _bad_note([images[i] for i in bad], n)
-        for to,i in enumerate(good.tolist()): out[to] = out[i]               # closes the gaps, in memory or in the file
+        for to,i in enumerate(good.tolist()):                                # closes the gaps, in memory or in the file
+            if to!=i: out[to] = out[i]
     if cache: cache.finish(good); return cache.read()
     return out[:len(good)], good
 
