@@ -33,7 +33,7 @@ presets = dict(
     smoke = dict(arch='timm/test_byobnet', size=32, bs=32, epochs=1, lr=.001, pretrain_epochs=1, decoder_width=8, momentum=.99),
 )
 
-# %% ../nbs/12_table.ipynb #7b773e7f
+# %% ../nbs/12_table.ipynb #46b21a3c
 def _vary(name, *values, **fixed): return [{name:v, **fixed} for v in values]
 
 experiments = dict(
@@ -41,7 +41,7 @@ experiments = dict(
     start = [dict(synth='none', epochs=0)],
     headline = [*_vary('synth', 'none', 'both', 'cam', 'low_var', 'random'), dict(synth='none', lr=.01)],
     controls = [*_vary('synth', 'none', 'views', 'jitter', 'random', 'both'), dict(synth='reconstruction', beta=.5)],
-    pairs = [dict(), dict(max_pairs=None), dict(max_pairs=16), dict(anchor='rec'), dict(residual=False), dict(anchor='rec', residual=False), dict(anchor='rec', augment=False), dict(anchor='rec', residual=False, augment=False)],
+    pairs = [dict(), dict(augment=False), dict(max_pairs=None), dict(max_pairs=16), dict(anchor='rec'), dict(residual=False), dict(anchor='rec', residual=False), dict(anchor='rec', augment=False), dict(anchor='rec', residual=False, augment=False)],
     simsiam = _vary('synth', 'none', 'both', 'cam', 'low_var', 'random', 'views', method='simsiam'),
     length = [dict(synth=s, epochs=e) for e in (3, 6, 12) for s in ('none','both')],
     decoder = [*_vary('update', 'frozen', 'own', 'joint'), dict(update='frozen', pretrain_epochs=20)],
