@@ -49,7 +49,7 @@ def main(
     # from the paper's letter to what we do, one change at a time
     half = dict(paper=True, relative=True, sigma_cam=3., sigma_var=3.)
     tricks = {'the paper, to the letter':{}, 'decoder half as wide':dict(decoder_width=16), 'error not into the encoder':dict(beta=0.), 'decoder frozen':dict(update='frozen'),
-              'real detail, random views':dict(residual=True, augment=True), 'against the first view':dict(anchor='view'), 'half of the batch':dict(max_pairs=.5),
+              'real detail, shown whole':dict(residual=True, augment='whole'), 'against the first view':dict(anchor='view'), 'half of the batch':dict(max_pairs=.5),
               'a quarter of the batch':dict(max_pairs=.25)}
     new = lambda cbs=None, **kw: ssl_learner(dls, arch, MoCoV2(), cbs=cbs, **kw)
     learners,kw = {'MoCo v2':new(), 'MoCo v2, channels first':new(channels_last=False)},dict(half)

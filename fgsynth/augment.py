@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ViewParams', 'resample_matrix', 'blur_matrix', 'crop', 'colour_matrix', 'recolour', 'random_box', 'Views',
-           'mocov2_views', 'simsiam_views']
+           'mocov2_views', 'simsiam_views', 'whole_views']
 
 # %% ../nbs/02_augment.ipynb #3c2f711b
 import math
@@ -227,3 +227,14 @@ def simsiam_views(
 )->Views:
     "The views of SimSiam (Chen and He 2021, arXiv 2011.10566; released code github.com/facebookresearch/simsiam)"
     return Views(size, n, scale=scale, flip=flip, jitter=jitter, p_jitter=p_jitter, p_grey=p_grey, blur=blur, p_blur=p_blur, **kw)
+
+# %% ../nbs/02_augment.ipynb #1f0827c4
+def whole_views(
+    size:int, # Side of the views, pixels
+    n:int=1, # Views of each image
+    p_jitter:float=1., # Probability of the colour jitter, of MoCo v2's strength
+    p_blur:float=1., # Probability of MoCo v2's blur
+    **kw, # Passed to `Views`
+)->Views:
+    "The whole image, neither cropped nor mirrored, in other colours and with another blur"
+    return Views(size, n, scale=(1.,1.), ratio=(1.,1.), flip=0., p_jitter=p_jitter, p_blur=p_blur, **kw)

@@ -16,7 +16,6 @@ import fgsynth
 from .core import InputError, check_name
 from .data import Items, get_dataset, labelled_dls, ssl_dls
 from .finches import SPECIES, draw_finches
-from .augment import Views
 from .evaluate import evaluate
 from .explore import Explorer
 from .models import Encoder, create_encoder, load_encoder, save_encoder
@@ -138,9 +137,8 @@ def synth_callbacks(
     check_name(synth, synth_modes, 'synth mode')
     if synth=='none': return []
     if synth=='reconstruction': return [DecoderCallback(s.beta, s.update, s.decoder_lr, width=s.decoder_width, max_pairs=None)]
-    if synth=='views': return [SynthPairCallback(s.lam, lambda x: (x, x), s.max_pairs, augment=True, anchor=s.anchor)]
-    if synth=='jitter': return [SynthPairCallback(s.lam, Views(s.size, scale=(1,1), ratio=(1,1), flip=0, p_jitter=1, p_blur=1), s.max_pairs, augment=False, anchor=s.anchor)]
-    return synth_pairs(synth, s.sigma_cam, s.sigma_var, s.lam, s.beta, s.update, None, s.decoder_lr, s.decoder_width, s.max_pairs, bool(s.augment), bool(s.residual), s.anchor,
+    if synth in ('views','jitter'): return [SynthPairCallback(s.lam, lambda x: (x, x), s.max_pairs, augment='view' if synth=='views' else 'whole', anchor=s.anchor)]
+    return synth_pairs(synth, s.sigma_cam, s.sigma_var, s.lam, s.beta, s.update, None, s.decoder_lr, s.decoder_width, s.max_pairs, s.augment, bool(s.residual), s.anchor,
                        tau=s.tau, target=s.target, norm=s.norm, relative=not s.absolute, distance=s.distance)
 
 def build(
@@ -190,7 +188,7 @@ def train(
     norm:str='min_max', # How scores are scaled: min_max (the paper's), batch, quantile, log or rank
     absolute:store_true=False, # Take both sigmas in the units of the features, as the paper does
     distance:float=None, # Hold the squared difference of the decoded pair here by scaling both sigmas
-    augment:int=1, # 1: look at the perturbed images through random views, 0: do not, as in the paper
+    augment:str='whole', # How the perturbed images are looked at: whole, in other colours and another blur; view, through random views, which crop; or none, as in the paper
     residual:int=1, # 1: add to the decoded images what the decoder could not draw, 0: do not, as in the paper
     anchor:str='view', # What the perturbed image is compared with: view (the method's first view of the clean image) or rec (the reconstruction, as in the paper; twice the cost)
     max_pairs:float=0.5, # Synthesize only the first so many images of each batch, or, up to 1, this share of it (1 in the paper)

@@ -17,7 +17,7 @@ from fastai.callback.schedule import *
 from fastai.callback.training import bn_types
 from .core import InputError, check_name
 from .data import float_images
-from .augment import Views, mocov2_views, simsiam_views
+from .augment import Views, mocov2_views, simsiam_views, whole_views
 from .models import MLPHead, create_encoder, Encoder, num_features
 from .losses import info_nce, neg_cosine, nt_xent
 
@@ -137,6 +137,10 @@ class SSLMethod(Callback):
     def view(self, x):
         "One more random view (B, 3, size, size) of images `x`"
         return (self.views(x, 1) if isinstance(self.views, Views) else self.views(x))[0]
+
+    def whole(self, x):
+        "The whole images `x` (B, 3, size, size) in other colours and with another blur"
+        return whole_views(self.size)(x)[0]
 
     def criterion(self, pred, *yb): return self.loss(*pred)
 

@@ -27,7 +27,7 @@ from .synth import PAPER
 # %% ../nbs/12_table.ipynb #6c9b229b
 presets = dict(
     cpu = dict(arch='lite0', pretrained=True, size=64, bs=64, epochs=3, lr=.006, head_mult=5., momentum=.99,
-        pretrain_epochs=4, decoder_width=16, update='frozen', beta=0., augment=True, residual=True, anchor='view', max_pairs=32),
+        pretrain_epochs=4, decoder_width=16, update='frozen', beta=0., augment='whole', residual=True, anchor='view', max_pairs=32),
     paper = dict(arch='resnet50', pretrained='IMAGENET1K_V1', size=224, bs=128, epochs=100, lr=.03, head_mult=1., momentum=.999, frozen_bn=0,
         pretrain_epochs=200, absolute=True, **{k:v for k,v in PAPER.items() if k!='relative'}),
     smoke = dict(arch='timm/test_byobnet', size=32, bs=32, epochs=1, lr=.001, pretrain_epochs=1, decoder_width=8, momentum=.99),
@@ -41,7 +41,7 @@ experiments = dict(
     start = [dict(synth='none', epochs=0)],
     headline = [*_vary('synth', 'none', 'both', 'cam', 'low_var', 'random'), dict(synth='none', lr=.01)],
     controls = [*_vary('synth', 'none', 'views', 'jitter', 'random', 'both'), dict(synth='reconstruction', beta=.5)],
-    pairs = [dict(), dict(augment=False), dict(max_pairs=None), dict(max_pairs=16), dict(anchor='rec'), dict(residual=False), dict(anchor='rec', residual=False), dict(anchor='rec', augment=False), dict(anchor='rec', residual=False, augment=False)],
+    pairs = [dict(), dict(augment='view'), dict(augment='none'), dict(max_pairs=None), dict(max_pairs=16), dict(anchor='rec'), dict(residual=False), dict(anchor='rec', residual=False, augment='none')],
     simsiam = _vary('synth', 'none', 'both', 'cam', 'low_var', 'random', 'views', method='simsiam'),
     length = [dict(synth=s, epochs=e) for e in (3, 6, 12) for s in ('none','both')],
     decoder = [*_vary('update', 'frozen', 'own', 'joint'), dict(update='frozen', pretrain_epochs=20)],

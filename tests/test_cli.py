@@ -58,9 +58,9 @@ def test_every_method_and_mode(method, synth, photos, tmp_path, monkeypatch):
     assert (tmp_path/'run/synth.safetensors').exists() == (synth in MODES)
 
 def test_pairs_of_the_paper(photos, tmp_path, monkeypatch):
-    call(monkeypatch, 'fgsynth_train', '--data', photos, *small, '--residual', 0, '--augment', 0, '--anchor', 'rec', '--norm', 'rank', '--distance', '.01', '--update', 'frozen', '--max_pairs', 8, '--out', tmp_path/'run')
+    call(monkeypatch, 'fgsynth_train', '--data', photos, *small, '--residual', 0, '--augment', 'none', '--anchor', 'rec', '--norm', 'rank', '--distance', '.01', '--update', 'frozen', '--max_pairs', 8, '--out', tmp_path/'run')
     s = json.loads((tmp_path/'run/settings.json').read_text())
-    assert (s['residual'], s['augment'], s['anchor'], s['norm'], s['distance'], s['update'], s['max_pairs']) == (0, 0, 'rec', 'rank', .01, 'frozen', 8)
+    assert (s['residual'], s['augment'], s['anchor'], s['norm'], s['distance'], s['update'], s['max_pairs']) == (0, 'none', 'rec', 'rank', .01, 'frozen', 8)
 
 def test_table(photos, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(table.presets['smoke'], 'bs', 16)
