@@ -47,11 +47,11 @@ experiments = dict(
     decoder = [*_vary('update', 'frozen', 'own', 'joint'), dict(update='frozen', pretrain_epochs=20)],
     norm = [dict(synth='cam', norm=n, target=t) for t in ('-loss','loss','abs') for n in ('min_max','batch','quantile','log','rank')],
     matched = [dict(synth=s, distance=d) for d in (.01, .03) for s in ('cam','low_var','random')],
-    lam = _vary('lam', 0.1, 0.25, 0.5, 1.0, 2.0),
-    tau = _vary('tau', 0.226, 0.453, 0.905, 1.81),
-    sigma_cam = _vary('sigma_cam', 0., 0.5, 1., 2., 3., 6.),
-    sigma_var = _vary('sigma_var', 0., 0.5, 1., 2., 3., 6.),
-    beta = _vary('beta', 0., 0.25, 0.5, 0.75, 1.0),
+    lam = _vary('lam', 0.25, 0.5, 1.0, 2.0),
+    tau = _vary('tau', 0.453, 0.905, 1.81),
+    sigma_cam = _vary('sigma_cam', 0., 1., 3., 6.),
+    sigma_var = _vary('sigma_var', 0., 1., 3., 6.),
+    beta = _vary('beta', 0., 0.5, 1.0),
 )
 
 # %% ../nbs/12_table.ipynb #d6a20bcb
