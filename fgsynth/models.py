@@ -235,11 +235,15 @@ class Decoder(nn.Module):
         d:int, # Length of the feature vector
         size:int=64, # Height and width of the image; any number from 8 up
         width:int=32, # Channels before the last step; doubled at each coarser one, up to 512
+        grid:int=None, # Side of the map that the first layer makes of the features, at most; by default 7
+        draw:int=None, # Side at which it draws, before the picture is enlarged to `size`; by default `size`
     ):
         super().__init__()
-        if size<8: raise InputError(f"A decoder cannot draw images of {size} pixels: choose a size of 8 or more.")
-        ups = max(1, math.ceil(math.log2(size/7)))
-        self.d,self.size,self.width,self.grid = d,size,width,math.ceil(size/2**ups)
+        draw = draw or size
+        if min(size, draw)<8: raise InputError(f"A decoder cannot draw images of {min(size, draw)} pixels: choose a size of 8 or more.")
+        if draw>size or not 1<=(grid or 1)<draw: raise InputError(f"A decoder of {size} pixels cannot draw at {draw} from a map of {grid}: the map must be smaller than the drawing, and that no larger than the picture.")
+        ups = max(1, math.ceil(math.log2(draw/(grid or 7))))
+        self.d,self.size,self.width,self.draw,self.grid = d,size,width,draw,math.ceil(draw/2**ups)
         chans = [min(512, width*2**i) for i in reversed(range(ups))]
         self.spread = nn.Linear(d, chans[0]*self.grid**2)
         self.steps = nn.Sequential(*[nn.Sequential(self._norm(a), nn.Conv2d(a, 4*b, 3, padding=1), nn.PixelShuffle(2))
@@ -261,5 +265,6 @@ class Decoder(nn.Module):
     def forward(self, z):
         x = self.spread((z - self.shift) / self.scale)
         x = self.steps(x.view(len(z), -1, self.grid, self.grid)).sigmoid()
-        o = (x.shape[-1] - self.size)//2
-        return x[..., o:o+self.size, o:o+self.size]
+        o = (x.shape[-1] - self.draw)//2
+        x = x[..., o:o+self.draw, o:o+self.draw]
+        return x if self.draw==self.size else F.interpolate(x, self.size, mode='bilinear')

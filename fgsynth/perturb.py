@@ -66,18 +66,21 @@ class FeatureBank(nn.Module):
         self.size,self.d = size,d
         self.register_buffer('feats', torch.zeros(size, d))
         self.register_buffer('norms', torch.zeros(size))
+        self.register_buffer('ids', torch.full((size,), -1))              # indices of their images, -1 where nobody said
         self.register_buffer('count', torch.zeros((), dtype=torch.long))   # vectors ever added
         self.register_buffer('batches', torch.zeros((), dtype=torch.long)) # batches ever added
 
     @torch.no_grad()
     def add(self,
         z, # Features (B, d), any floating type; of more than M the last M are kept
+        ids=None, # Indices (B,) of their images
     ):
         "Replace the oldest entries"
         n = len(z)
         z,skip = z.detach().float()[-self.size:], max(0, n - self.size)
         at = (self.count + skip + torch.arange(len(z), device=self.feats.device)) % self.size
         self.feats[at],self.norms[at] = F.normalize(z, dim=1),z.norm(dim=1)
+        self.ids[at] = -1 if ids is None else ids[-self.size:]
         self.count += n
         self.batches += 1
         return self

@@ -21,7 +21,7 @@ from .explore import Explorer
 from .models import Encoder, create_encoder, load_encoder, save_encoder
 from .show import Synthesizer, attention_maps, history, show_attention, show_curves, show_noise, show_pairs, show_variance
 from .ssl import methods, ssl_learner
-from .synth import DecoderCallback, SynthPairCallback, synth_pairs
+from .synth import ClassNoise, DecoderCallback, SynthPairCallback, synth_pairs
 
 # %% ../nbs/11_run.ipynb #d8598a86
 def check_out(
@@ -127,7 +127,7 @@ def _pictures(learn, out, x):
 # %% ../nbs/11_run.ipynb #f584b44d
 synth_modes = dict(none='the method alone', both='synthesized pairs, shaken by scores and by variance (the method of the paper)', cam='by scores alone', low_var='by variance alone',
     random='everywhere alike, with the same energy', reconstruction="the decoder's error alone (weight beta), no pairs",
-    jitter='control without a decoder: pairs of the clean image in two random colours and blurs', views='control without a decoder: pairs of two more views')
+    within='control that looks at the labels: pairs shaken towards another image of the class', jitter='control without a decoder: pairs of the clean image in two random colours and blurs', views='control without a decoder: pairs of two more views')
 
 def synth_callbacks(
     synth:str, # One of `synth_modes`
@@ -136,10 +136,11 @@ def synth_callbacks(
     "What a run adds to the self-supervised method"
     check_name(synth, synth_modes, 'synth mode')
     if synth=='none': return []
-    if synth=='reconstruction': return [DecoderCallback(s.beta, s.update, s.decoder_lr, width=s.decoder_width, max_pairs=None)]
+    if synth=='reconstruction': return [DecoderCallback(s.beta, s.update, s.decoder_lr, None, s.decoder_width, s.decoder_grid, s.decoder_draw, max_pairs=None)]
     if synth in ('views','jitter'): return [SynthPairCallback(s.lam, lambda x: (x, x), s.max_pairs, augment='view' if synth=='views' else 'whole', anchor=s.anchor)]
-    return synth_pairs(synth, s.sigma_cam, s.sigma_var, s.lam, s.beta, s.update, None, s.decoder_lr, s.decoder_width, s.max_pairs, s.augment, bool(s.residual), s.anchor,
+    dec,per,pair = synth_pairs('random' if synth=='within' else synth, s.sigma_cam, s.sigma_var, s.lam, s.beta, s.update, None, s.decoder_lr, s.decoder_width, s.decoder_grid, s.decoder_draw, s.max_pairs, s.augment, bool(s.residual), s.anchor,
                        tau=s.tau, target=s.target, norm=s.norm, relative=not s.absolute, distance=s.distance)
+    return [dec, ClassNoise(max_pairs=s.max_pairs, distance=s.distance) if synth=='within' else per, pair]
 
 def build(
     items, # `Items`
@@ -173,7 +174,7 @@ def train(
     size:int=64, # Height and width of the images in pixels, 32 or more
     bs:int=128, # Images in a batch
     method:str='mocov2', # Self-supervised method: mocov2 or simsiam
-    synth:str='both', # Synthesized pairs: none, both (the method of the paper), cam, low_var or random; controls: reconstruction, jitter, views
+    synth:str='both', # Synthesized pairs: none, both (the method of the paper), cam, low_var or random; controls: reconstruction, jitter, views, and within, which looks at the labels
     epochs:int=5, # Passes over the training images
     pretrain_epochs:int=10, # Passes of the decoder before that, with the encoder frozen
     lr:float=0.03, # Highest learning rate of the encoder
@@ -195,6 +196,8 @@ def train(
     update:str='own', # Who moves the decoder during training: own (an Adam of its own), joint or frozen
     decoder_lr:float=1e-3, # Learning rate of the decoder's own Adam
     decoder_width:int=32, # Width of the decoder
+    decoder_grid:int=None, # Side of the decoder's first map; 16 remembers detail after far fewer epochs and has more parameters
+    decoder_draw:int=None, # Side at which the decoder draws; half of `size` costs a quarter
     frozen_bn:int=None, # 1: keep the encoder's batch norm statistics, 0: do not; by default 1 for pretrained or local weights
     pretrained:store_true=False, # Start from ImageNet weights (downloaded once)
     weights:str=None, # Start from a local file with weights

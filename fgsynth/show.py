@@ -95,7 +95,7 @@ class Synthesizer(nn.Module):
         "Write everything to one `.safetensors` file"
         if not (self.encoder.arch and isinstance(self.decoder, Decoder)):
             raise InputError("Only an encoder made by name and fgsynth's own decoder can be saved: save others as state dicts.")
-        meta = dict(arch=self.encoder.arch, size=self.encoder.size, num_features=self.encoder.num_features, decoder=[self.decoder.d, self.decoder.size, self.decoder.width],
+        meta = dict(arch=self.encoder.arch, size=self.encoder.size, num_features=self.encoder.num_features, decoder=[getattr(self.decoder, n) for n in ('d','size','width','grid','draw')],
                     heads={n:_describe(getattr(self, n)) for n in ('head','key_head')}, norm=self.norm, **self.defaults)
         sd = {k:v.detach().contiguous().clone() for k,v in self.state_dict().items()}
         path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
