@@ -30,7 +30,7 @@ _cpu = dict(arch='lite0', pretrained=True, size=64, bs=64, epochs=3, lr=.006, he
     pretrain_epochs=4, decoder_width=16, update='frozen', beta=0., augment='whole', residual=True, anchor='view', max_pairs=32)
 presets = dict(
     cpu = _cpu,
-    drawing = {**_cpu, **dict(pretrain_epochs=20, decoder_grid=16, decoder_draw=32)},
+    drawing = {**_cpu, **dict(pretrain_epochs=30, decoder_grid=16)},
     paper = dict(arch='resnet50', pretrained='IMAGENET1K_V1', size=224, bs=128, epochs=100, lr=.03, head_mult=1., momentum=.999, frozen_bn=0,
         pretrain_epochs=200, absolute=True, **{k:v for k,v in PAPER.items() if k!='relative'}),
     smoke = dict(arch='timm/test_byobnet', size=32, bs=32, epochs=1, lr=.001, pretrain_epochs=1, decoder_width=8, momentum=.99),
@@ -47,7 +47,7 @@ experiments = dict(
     pairs = [dict(), dict(augment='view'), dict(augment='none'), dict(max_pairs=None), dict(max_pairs=16), dict(anchor='rec'), dict(residual=False), dict(anchor='rec', residual=False, augment='none')],
     simsiam = _vary('synth', 'none', 'both', 'cam', 'low_var', 'random', 'views', method='simsiam'),
     length = [dict(synth=s, epochs=e) for e in (3, 6, 12) for s in ('none','both')],
-    decoder = [*_vary('update', 'frozen', 'own', 'joint'), *_vary('pretrain_epochs', 4, 20, decoder_grid=16, decoder_draw=32)],
+    decoder = [*_vary('update', 'frozen', 'own', 'joint'), *_vary('pretrain_epochs', 4, 30, decoder_grid=16), dict(decoder_grid=16, decoder_draw=32)],
     detail = [dict(synth='none'), *[dict(synth=s, distance=.03, residual=r) for r in (False,True) for s in ('random','within','cam','low_var')]],
     norm = [dict(synth='cam', norm=n, target=t) for t in ('-loss','loss','abs') for n in ('min_max','batch','quantile','log','rank')],
     matched = [dict(synth=s, distance=d) for d in (.01, .03) for s in ('cam','low_var','random')],
