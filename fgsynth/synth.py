@@ -223,6 +223,7 @@ class PerturbCallback(SynthCallback):
 # %% ../nbs/07_synth.ipynb #9b25139b
 class ClassNoise(PerturbCallback):
     "Control that looks at the labels: each feature becomes that of another image of its class in the bank, or, with `distance`, goes as far in that direction"
+    name = 'perturb' # it stands in its place
     def before_fit(self):
         if (y := self.learn.dls.items.train_labels) is None: raise InputError("Noise within the classes needs labels of the training images: choose another kind of noise.")
         self.labels = y.to(self.learn.dls.device)
