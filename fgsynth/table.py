@@ -30,7 +30,7 @@ _cpu = dict(arch='lite0', pretrained=True, size=64, bs=64, epochs=3, lr=.006, he
     pretrain_epochs=4, decoder_width=16, update='frozen', beta=0., augment='whole', residual=True, anchor='view', max_pairs=32)
 presets = dict(
     cpu = _cpu,
-    drawing = {**_cpu, **dict(pretrain_epochs=30, decoder_grid=16)},
+    drawing = dict(_cpu, pretrain_epochs=30, decoder_grid=16),
     paper = dict(arch='resnet50', pretrained='IMAGENET1K_V1', size=224, bs=128, epochs=100, lr=.03, head_mult=1., momentum=.999, frozen_bn=0,
         pretrain_epochs=200, absolute=True, **{k:v for k,v in PAPER.items() if k!='relative'}),
     smoke = dict(arch='timm/test_byobnet', size=32, bs=32, epochs=1, lr=.001, pretrain_epochs=1, decoder_width=8, momentum=.99),
@@ -131,10 +131,10 @@ def read_runs(
     return df.assign(**{c:pd.to_numeric(df[c]) for c in num})
 
 def _read(path):
-    "The file as text, with the columns of today: a setting that is younger than a run had its default, which is empty"
+    "The file as text, with the columns of today; of those only settings whose default is None, an empty cell, may be younger than the file"
     if not path.is_file(): return pd.DataFrame(columns=run_columns, dtype=str)
     df = pd.read_csv(path, dtype=str, keep_default_na=False)
-    if missing := [c for c in _first+_measures if c not in df]: raise InputError(f"{str(path)!r} lacks the columns {', '.join(missing)}: it was not written by this version of fgsynth_table. Choose another --out.")
+    if missing := [c for c in run_columns if c not in df and getattr(settings(), c, '') is not None]: raise InputError(f"{str(path)!r} lacks the columns {', '.join(missing)}: it was not written by this version of fgsynth_table. Choose another --out.")
     return df.reindex(columns=run_columns, fill_value='')
 
 def _append(path, row):
