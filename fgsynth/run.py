@@ -19,7 +19,7 @@ from .finches import SPECIES, draw_finches
 from .evaluate import evaluate
 from .explore import Explorer
 from .models import Encoder, create_encoder, load_encoder, save_encoder
-from .show import Synthesizer, attention_maps, history, show_attention, show_curves, show_noise, show_pairs, show_variance
+from .show import Synthesizer, attention_maps, history, show_attention, show_health, show_noise, show_pairs, show_variance
 from .ssl import methods, ssl_learner
 from .synth import ClassNoise, DecoderCallback, SynthPairCallback, synth_pairs
 
@@ -115,7 +115,7 @@ def write_report(
 def _pictures(learn, out, x):
     "Every picture that the learner can give, as files"
     net = get_model(learn.model)
-    _save(show_curves(history(learn)), out/'curves.png')
+    _save(show_health(history(learn)), out/'curves.png')
     _save(show_attention(x[:8], attention_maps(net.encoder, x[:8], net.projector)), out/'attention.png')
     learn.show_batch(); _save(plt.gcf(), out/'views.png')
     if hasattr(net, 'decoder') and hasattr(net, 'bank'):
@@ -330,7 +330,7 @@ def demo(
         save_encoder(learn, out/f'encoder_{synth}.safetensors', synth=synth, seed=seed, image_size=size)
         hists[synth],maps[synth] = history(learn),attention_maps(get_model(learn.model).encoder, x[:8], get_model(learn.model).projector)
     _pictures(learn, out, x)
-    _save(show_curves(*hists.values(), labels=list(hists)), out/'curves.png')
+    _save(show_health(*hists.values(), labels=list(hists)), out/'curves.png')
     _save(show_attention(x[:8], {'start':attention_maps(start, x[:8]), 'MoCo v2':maps['none'], 'with pairs':maps['both']}), out/'attention.png')
     about = dict(vars(s), weights='encoder_start.safetensors', images=n_train, total_seconds=round(time.time()-begin, 1), **_versions())
     _write_json(out/'settings.json', about)
