@@ -6,7 +6,9 @@
 __all__ = ['Explorer']
 
 # %% ../nbs/10_explore.ipynb #c9172907
-import base64, hashlib, html, io, json, PIL.Image
+import base64, hashlib, html, io, json, PIL.Image, PIL.ImageDraw, PIL.ImageFont
+from functools import lru_cache
+from matplotlib.font_manager import findfont
 from types import SimpleNamespace
 from fastai.basics import *
 from .core import InputError
@@ -24,12 +26,20 @@ def _strip(rows):
         return torch.cat(list(F.pad(r, (1,1,1,1), value=1.)), -1)
     return (torch.cat([one(r) for r in rows], -2)*255).round().byte().permute(1,2,0).numpy()
 
-def _encode(a, fmt='png', zoom=1, **kw):
-    "An array (H, W, 3) as the bytes of an image file, enlarged by a whole factor"
-    im = PIL.Image.fromarray(a)
-    if zoom!=1: im = im.resize((im.width*zoom, im.height*zoom), PIL.Image.NEAREST)
-    b = io.BytesIO(); im.save(b, fmt, **kw)
+def _zoom(a, k): return a.repeat(k, 0).repeat(k, 1)
+
+def _encode(a, fmt='png', **kw):
+    "An array (H, W, 3) as the bytes of an image file"
+    b = io.BytesIO(); PIL.Image.fromarray(a).save(b, fmt, **kw)
     return b.getvalue()
+
+@lru_cache
+def _labels(names, side):
+    "A column of words (len(names)*side, 96, 3), each in the middle of its row"
+    im = PIL.Image.new('RGB', (96, side*len(names)), 'white')
+    draw,font = PIL.ImageDraw.Draw(im),PIL.ImageFont.truetype(findfont('DejaVu Sans'), 12)
+    for i,n in enumerate(names): draw.text((90, side*(i+.5)), n, fill='#333', font=font, anchor='rm')
+    return np.array(im)
 
 def _bars(s, i=0, w=480, h=40):
     "Score, spread and realised noise (absolute) of image `i`, dimensions sorted by score, as one uint8 array"
@@ -125,7 +135,8 @@ class Explorer:
         "The sliders and pictures as one ipywidget"
         import ipywidgets as W
         d = self.syn.defaults
-        wide = dict(style=dict(description_width='90px'), layout=W.Layout(width='360px'))
+        wide = dict(style=dict(description_width='90px'), layout=W.Layout(width='330px'))
+        row = W.Layout(flex_flow='row wrap')
         self.controls = SimpleNamespace(
             sigma_cam=W.FloatSlider(d['sigma_cam'], min=0, max=10, step=.1, description='sigma_cam', **wide),
             sigma_var=W.FloatSlider(d['sigma_var'], min=0, max=10, step=.1, description='sigma_var', **wide),
@@ -141,7 +152,9 @@ class Explorer:
             try:
                 if self.first!=c.first.value: self.first = c.first.value
                 a,s = self.picture(mode=c.mode.value, sigma_cam=c.sigma_cam.value, sigma_var=c.sigma_var.value, tau=c.tau.value)
-                self.image.value,self.bars.value = _encode(a, zoom=max(1, 110//self.syn.size), compress_level=1),_encode(_bars(s), compress_level=1)
+                a = _zoom(a, max(1, 110//self.syn.size))
+                a = np.concatenate([_labels(self.rows, len(a)//len(self.rows)), a], 1)
+                self.image.value,self.bars.value = _encode(a, compress_level=1),_encode(_bars(s), compress_level=1)
                 self.text.value,self.error.value = self.describe(s),''
             except Exception as e: self.error.value = f'<b style="color:#b00">{html.escape(type(e).__name__)}: {html.escape(str(e))}</b>'
         def again(*_): self.seed += 1; update()
@@ -153,10 +166,9 @@ class Explorer:
         redraw.on_click(again); reset.on_click(defaults)
         self.buttons = SimpleNamespace(redraw=redraw, reset=reset)
         update()
-        labels = W.HTML('rows: ' + ', '.join(self.rows))
         legend = W.HTML('first image, dimensions sorted by score: <span style="color:#0072B2">score</span>, <span style="color:#009E73">spread</span>, <span style="color:#D55E00">noise drawn</span>')
-        return W.VBox([W.HBox([W.VBox([c.sigma_cam, c.sigma_var, c.tau]), W.VBox([c.mode, c.first, W.HBox([redraw, reset])])]),
-                       self.error, labels, self.image, self.text, legend, self.bars])
+        return W.VBox([W.HBox([W.VBox([c.sigma_cam, c.sigma_var, c.tau]), W.VBox([c.mode, c.first, W.HBox([redraw, reset], layout=row)])], layout=row),
+                       self.error, self.image, self.text, legend, self.bars])
 
     def _ipython_display_(self):
         from IPython.display import display
@@ -188,6 +200,7 @@ class Explorer:
         body = _page.replace('$uid', uid).replace('$title', html.escape(title)).replace('$still0', still[0]).replace('$still1', still[1]) \
             .replace('$frames', frames).replace('$sigmas', json.dumps(list(sigmas))).replace('$max', str(len(sigmas)-1)).replace('$start', str(start_at)) \
             .replace('$options', ''.join(f'<option{" selected" if m==self.syn.defaults["mode"] else ""}>{m}</option>' for m in modes)) \
+            .replace('$labels', ''.join(f'<span style="grid-row:{i}">{r}</span>' for i,r in enumerate(self.rows, 1))) \
             .replace('$n', str(n)).replace('$width', str(min(900, max(110, side)*n)))
         if not fragment: body = f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title></head><body style="font-family:system-ui,sans-serif;max-width:60em;margin:1em auto;padding:0 1em">{body}</body></html>'
         if path is None: return body
@@ -200,11 +213,13 @@ def _b64(b): return base64.b64encode(b).decode()
 _page = '''<section id="$uid"><h2>$title</h2>
 <p><label>noise (sigma) <input type="range" min="0" max="$max" step="1" value="$start" aria-describedby="$uid-say"></label> <output></output>
 &nbsp; <label>mode <select>$options</select></label></p>
-<div style="line-height:0;width:100%;max-width:$widthpx">
-<img alt="$n clean images and below them their reconstructions from features" style="width:100%;image-rendering:pixelated" src="data:image/webp;base64,$still0">
-<img class="moving" alt="the perturbed images, and below them the difference to the reconstructions" style="width:100%;image-rendering:pixelated">
-<img alt="where the encoder looks in each clean image" style="width:100%;image-rendering:pixelated" src="data:image/webp;base64,$still1"></div>
-<p><small>Rows: clean, reconstructed, perturbed, difference, attention. <span id="$uid-say" aria-live="polite"></span></small></p>
+<div class="rows">$labels
+<img alt="$n clean images and below them their reconstructions from features" style="grid-row:1/3" src="data:image/webp;base64,$still0">
+<img class="moving" alt="the perturbed images, and below them the difference to the reconstructions" style="grid-row:3/5">
+<img alt="where the encoder looks in each clean image" style="grid-row:5" src="data:image/webp;base64,$still1"></div>
+<p><small id="$uid-say" aria-live="polite"></small></p>
+<style>#$uid .rows{display:grid;grid-template-columns:max-content minmax(0,$widthpx);column-gap:.6em;line-height:1;font-size:.8em;text-align:right}
+#$uid .rows span{align-self:center} #$uid .rows img{grid-column:2;width:100%;margin:0;image-rendering:pixelated}</style>
 <script>(() => {
 const root = document.getElementById('$uid'), frames = $frames, sigmas = $sigmas;
 const range = root.querySelector('input'), mode = root.querySelector('select'), out = root.querySelector('output');
