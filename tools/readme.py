@@ -23,6 +23,8 @@ def text(o): return o if isinstance(o, str) else ''.join(o)
 
 def is_false(cell, key): return 'false' in [str(o).lower() for o in cell.directives_.get(f'{key}:', [])]
 
+def alt(cell): return ' '.join(cell.directives_.get('fig-alt:', [])).strip('"')
+
 def fence(s, lang=''):
     "`s` as a code block whose fence is longer than any that it contains"
     ticks = '`'*max([3] + [len(o)+1 for o in re.findall('`{3,}', s)])
@@ -48,14 +50,15 @@ def markdown(src, nb_dir, lookup):
     return '\n'.join(res).strip()
 
 def html(s):
-    "Saved HTML as far as GitHub shows it: tables and pictures stay, styles, scripts and progress bars go"
-    s = re.sub(r'(?s)<!--.*?-->|<(style|script)\b.*?</\1>', '', s)
+    "Saved HTML as far as GitHub shows it: tables and pictures stay, styles and progress bars go, and so do pages that need a script"
+    if '<script' in s: return ''
+    s = re.sub(r'(?s)<!--.*?-->|<(style)\b.*?</\1>', '', s)
     s = re.sub(r'(?s)<(div|p)\b[^>]*>\s*<progress.*?</\1>', '', s)
     if not re.search(r'<(table|img|svg)\b', s): return ''
     return '\n'.join(l.strip() for l in s.splitlines() if l.strip())
 
-def output(out, add_image):
-    "One saved output of a code cell"
+def output(out, add_image, alt=''):
+    "One saved output of a code cell, with `alt` in place of a picture for who cannot see it"
     if out.output_type=='stream':
         s = text(out.text).rstrip()
         return fence(s) if s and out.get('name')!='stderr' else ''
@@ -64,8 +67,8 @@ def output(out, add_image):
     page,md,plain = [text(data.get(f'text/{o}', '')).strip() for o in ('html','markdown','plain')]
     if html(page): return html(page)
     for kind,ext in (('png','png'),('jpeg','jpg')):
-        if f'image/{kind}' in data: return f"![]({add_image(base64.b64decode(text(data[f'image/{kind}'])), ext)})"
-    if 'image/svg+xml' in data: return f"![]({add_image(text(data['image/svg+xml']).encode(), 'svg')})"
+        if f'image/{kind}' in data: return f"![{alt}]({add_image(base64.b64decode(text(data[f'image/{kind}'])), ext)})"
+    if 'image/svg+xml' in data: return f"![{alt}]({add_image(text(data['image/svg+xml']).encode(), 'svg')})"
     if page and (md.startswith('```html') or not plain or plain.startswith('<IPython')): return '' # a progress bar
     return md or (fence(plain) if plain else '')
 
@@ -89,7 +92,7 @@ def render(name, nb_path, images='nbs/images'):
         if cell.cell_type!='code' or is_false(cell, 'include'): continue
         src = '\n'.join(l for l in src.splitlines() if not re.match(r'\s*#\s*\|', l)).strip()
         if src and not is_false(cell, 'echo'): res.append(fence(src, 'python'))
-        if not is_false(cell, 'output'): res += [output(o, add_image) for o in cell.get('outputs', [])]
+        if not is_false(cell, 'output'): res += [output(o, add_image, alt(cell)) for o in cell.get('outputs', [])]
     return '\n\n'.join(o for o in res if o) + '\n', pics
 
 def differences(top=root):
