@@ -9,6 +9,7 @@ __all__ = []
 from .core import *
 from .finches import *
 from .data import *
+from .check import *
 from .augment import *
 from .models import *
 from .losses import *

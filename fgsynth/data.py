@@ -38,12 +38,15 @@ def to_rgb(
     return im if im.mode=='RGB' else im.convert('RGB')
 
 # %% ../nbs/01_data.ipynb #d688f998
+_formats = 'JPEG PNG GIF WEBP TIFF BMP PPM'.split() # by content, whatever a file is called; nothing that starts another program, as EPS does
+
 def decode_image(
-    path, # An image file
+    path, # An image file, as path or open in binary mode
     size:int # Side of the result, in pixels
 )->torch.Tensor: # torch.uint8 (3, size, size)
     "The centre square of one image file, upright, in RGB, resized"
-    with Image.open(path) as im:
+    if isinstance(path, (str,Path)) and not os.path.isfile(path): raise FileNotFoundError(path) # a pipe would be waited for
+    with Image.open(path, formats=_formats) as im:
         if im.width*im.height > (Image.MAX_IMAGE_PIXELS or float('inf')): raise Image.DecompressionBombError(f"{path} is too large")
         im.draft(None, (2*size,2*size)) # JPEG only: decode at a reduced scale
         im.load()
@@ -71,10 +74,13 @@ def _resize(x, size):
     x = x[...,t:t+s,l:l+s]
     return x if s==size else F.interpolate(x, (size,size), mode='bicubic', antialias=True)
 
+def _several(xs, n=3):
+    "The first few names, on one line whatever is in them"
+    return ', '.join(s if s.isprintable() else repr(s) for s in map(str, xs[:n])) + (', ...' if len(xs)>n else '')
+
 def _bad_note(bad, n):
     "One warning for all unreadable images"
-    names = ', '.join(map(str, bad[:5])) + (', ...' if len(bad)>5 else '')
-    warnings.warn(f"{len(bad):,} of {n:,} images cannot be read and {'is' if len(bad)==1 else 'are'} left out: {names}", stacklevel=3)
+    warnings.warn(f"{len(bad):,} of {n:,} images cannot be read and {'is' if len(bad)==1 else 'are'} left out: {_several(bad, 5)}", stacklevel=3)
 
 # %% ../nbs/01_data.ipynb #95d3ddbc
 def _map(file, n, size, shared=False):
@@ -103,7 +109,7 @@ class _Cache:
             with open(self.tmp, 'wb') as f: os.posix_fallocate(f.fileno(), 0, size) if hasattr(os, 'posix_fallocate') else f.truncate(size)
         except OSError as e:
             self.drop()
-            raise InputError(f"The decoded images need {size/1e9:.1f} GB in {self.folder}, but: {e.strerror}. Choose another cache_dir, or none, to decode again in each epoch.") from None
+            raise InputError(f"The decoded images ({size/1e6:,.0f} MB) cannot be kept in {self.folder} ({e.strerror}): choose another cache_dir, or none, to decode again in each epoch.") from None
         return _map(self.tmp, self.n, self.size, shared=True)
 
     def finish(self, good):
@@ -252,7 +258,6 @@ _packed = set('.zip .tar .tgz .gz .bz2 .xz .rar .7z'.split())
 
 def _fail(msg): raise InputError(msg)
 def _note(msg): warnings.warn(msg, stacklevel=2)
-def _several(xs, n=3): return ', '.join(map(str, xs[:n])) + (', ...' if len(xs)>n else '')
 
 def _list_images(path):
     "All image files below `path`, sorted; hidden files and folders are left out"
