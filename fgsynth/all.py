@@ -19,5 +19,6 @@ from .synth import *
 from .evaluate import *
 from .show import *
 from .explore import *
+from .own import *
 
 __all__ = [n for n in globals() if not n.startswith('_')]

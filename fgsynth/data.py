@@ -308,8 +308,8 @@ def _folder(path, test_pct:float=0.2, seed:int=0, name=None):
     fs = [_need_images(p) for p in ps]
     cs = [_class_names(p,f) for p,f in zip(ps,fs)]
     if (gt := path/'labels.csv').is_file():
-        if len(ps)>1 or len(cs[0])>1: _fail(f"The folder {path} has labels from two sources, its sub-folders and {gt.name}: move one of them away.")
-        return _check_split(_from_csv(path, gt, fs[0], name, test_pct, seed))
+        if any(len(c)>1 for c in cs): _fail(f"The folder {path} has labels from two sources, its sub-folders and {gt.name}: move one of them away.")
+        return _check_split(_from_csv(path, gt, L(f for o in fs for f in o), ps if len(ps)>1 else (), name, test_pct, seed))
     for p,f,c in zip(ps, fs, cs): _check_classes(p, f, c)
     if len(ps)>1:
         if len(cs[0])<2 or not cs[1]: return Items(name, *fs)
@@ -351,16 +351,16 @@ def read_labels(
     if not res: raise InputError(f"The file {path} names no file with a label.")
     return res
 
-def _from_csv(path, gt, fs, name, test_pct, seed):
-    "Items whose labels stand in a table"
+def _from_csv(path, gt, fs, parts, name, test_pct, seed):
+    "Items whose labels stand in a table; their split as well, if they do not lie in two folders `parts`"
     rows,at = read_labels(gt),{f.relative_to(path).as_posix():f for f in fs}
     if lost := [o for o in rows if o not in at]: _note(f"{len(lost)} of the {len(rows):,} files that {gt} names are no images in {path}: {_several(lost)}")
     if miss := [o for o in at if o not in rows]:
         _note(f"{gt} has no label for {len(miss):,} of {len(at):,} images ({_several(miss)}), so all are taken as unlabelled.")
         return Items(name, fs, L())
-    rows = [rows[o] for o in at]
-    classes = sorted({y for y,_ in rows})
-    y,part = tensor([classes.index(y) for y,_ in rows]),[s for _,s in rows]
+    classes = sorted({rows[o][0] for o in at})
+    y = tensor([classes.index(rows[o][0]) for o in at])
+    part = [rows[o][1] or next((s for s,p in zip(('train','test'), parts) if p in f.parents), '') for o,f in at.items()]
     if not any(part): te = _test_part(y, test_pct, seed)
     elif all(part): te = tensor([i for i,s in enumerate(part) if s=='test']).long()
     else: raise InputError(f"The column split of {gt} is empty for {part.count('')} of {len(part):,} files: fill in train or test everywhere, or nowhere.")
@@ -390,6 +390,15 @@ def _root(path, what, marker, *subs):
     for p in (path, *[path/o for o in subs], *[path/o/o for o in subs], *up):
         if any((p/m).exists() for m in marks): return p
     raise InputError(f"The folder {path} does not hold {what}: expected {' or '.join(str(path/m) for m in marks)}; {_sources[what]}.")
+
+def _only(d, *names):
+    "The one of `names` that the folder `d` holds"
+    have = [o for o in names if (d/o).exists()]
+    return have[0] if len(have)==1 else _fail(f"The folder {d} has labels from two sources, {' and '.join(have)}: move one of them away.")
+
+def _inner(d):
+    "A folder; where an archive put it into another one of the same name, the inner one"
+    return d/d.name if (d/d.name).is_dir() else d
 
 def _ids(labels, classes, source):
     "Class names as LongTensor of positions in `classes`"
@@ -427,13 +436,14 @@ def _finches(path, n_train:int=2000, n_test:int=1000, size:int=64, n_species:int
 
 def _gtsrb(path):
     what = 'GTSRB'
-    d = _root(path, what, ('GTSRB/Training','GTSRB/Final_Training/Images','Train.csv'), 'gtsrb', 'GTSRB')
-    if (d/'Train.csv').exists():
+    kinds = 'GTSRB/Training','GTSRB/Final_Training/Images','Train.csv'
+    d = _root(path, what, kinds, 'gtsrb', 'GTSRB')
+    if (kind := _only(d, *kinds))=='Train.csv':
         tr,te = [_rows(_file(d/f'{s}.csv', what), ',', 'Path', 'ClassId') for s in ('Train','Test')]
         fs = [_some([d/o['Path'] for o in t], what) for t in (tr,te)]
         ys = [_ids([o['ClassId'] for o in t], map(str, range(43)), d/f'{s}.csv') for s,t in (('Train',tr),('Test',te))]
     else:
-        p = next(o for o in (d/'GTSRB/Training', d/'GTSRB/Final_Training/Images') if o.exists())
+        p = d/kind
         tr,te = _need_images(p),_file(d/'GTSRB/Final_Test/Images', what)
         if any(not f.parent.name.isdigit() or int(f.parent.name)>=len(signs) for f in tr):
             raise InputError(f"The folder {p} should hold one sub-folder per sign, 00000 to 00042, and nothing else.")
@@ -459,6 +469,8 @@ def _cub200(path):
     if miss := [k for k in files if k not in split or lbl.get(k) not in pos]:
         raise InputError(f"The text files in {d} do not belong together: image {miss[0]} of images.txt has no split, "
                          "or a class that classes.txt lacks.")
+    if bad := [k for k,f in files.items() if (d/'classes.txt').exists() and cls[lbl[k]]!=f.split('/')[0]]:
+        raise InputError(f"The text files in {d} do not belong together: image {bad[0]} lies in {files[bad[0]]}, but its label is {cls[lbl[bad[0]]]}.")
     if bad := {*split.values()}-{'0','1'}: raise InputError(f"The file {d/'train_test_split.txt'} should say 1 (training) or 0 (test) for each image, not {min(bad)!r}.")
     ks = [[k for k in files if split[k]==o] for o in '10']
     return Items('cub200', *[_some([d/'images'/files[k] for k in o], 'CUB-200-2011') for o in ks],
@@ -466,9 +478,9 @@ def _cub200(path):
 
 def _cars(path):
     what = 'Stanford Cars'
-    d = _root(path, what, ('devkit','cars_annos.mat','train'), 'stanford_cars', 'stanford-cars', 'car_data')
-    if sum((d/o).exists() for o in ('devkit','cars_annos.mat','train'))>1: _fail(f"The folder {d} has labels from two sources, .mat files and class folders: move one of them away.")
-    if (d/'train').exists():
+    kinds = 'devkit','cars_annos.mat','train'
+    d = _root(path, what, kinds, 'stanford_cars', 'stanford-cars', 'car_data')
+    if (kind := _only(d, *kinds))=='train':
         _file(d/'test', what)
         res = _folder(d, name='cars')
         return res if res.labelled else _fail(f"The folders {d/'train'} and {d/'test'} should hold one sub-folder per class.")
@@ -477,14 +489,13 @@ def _cars(path):
         try: return np.atleast_1d(loadmat(_file(f, what), squeeze_me=True)[k])
         except InputError: raise
         except Exception: raise InputError(f"The file {f} cannot be read as Stanford Cars' {k.replace('_', ' ')}: it is damaged or another file, so fetch it again.") from None
-    if (d/'cars_annos.mat').exists():
+    if kind=='cars_annos.mat':
         an,classes = mat(d/'cars_annos.mat', 'annotations'),mat(d/'cars_annos.mat', 'class_names')
         an = [[(d/str(a['relative_im_path']), a['class']) for a in an if bool(a['test'])==t] for t in (False,True)]
     else:
         te = d/'devkit/cars_test_annos_withlabels.mat'
         gts = d/'devkit/cars_train_annos.mat',te if te.exists() else d/te.name
-        # Kaggle's archive has each folder twice, one in the other
-        ps = [p/p.name if (p/p.name).is_dir() else p for p in (d/'cars_train', d/'cars_test')]
+        ps = [_inner(d/o) for o in ('cars_train','cars_test')]
         an = [[(p/str(a['fname']), a['class']) for a in mat(f, 'annotations')] for p,f in zip(ps, gts)]
         classes = mat(d/'devkit/cars_meta.mat', 'class_names')
     return Items('cars', *[_some([f for f,_ in o], what) for o in an], *[_ids([int(c) for _,c in o], range(1, len(classes)+1), d) for o in an], [str(o) for o in classes])
@@ -504,7 +515,7 @@ def _isic2017(path):
     d = _root(path, what, 'ISIC-2017_Training_Data', 'isic2017', 'ISIC-2017')
     fs,ys = [],[]
     for s in ('Training','Test_v2'):
-        p = _file(d/f'ISIC-2017_{s}_Data', what)
+        p = _inner(_file(d/f'ISIC-2017_{s}_Data', what))
         rows = _rows(_file(d/f'ISIC-2017_{s}_Part3_GroundTruth.csv', what), ',', 'image_id', *classes[:2])
         fs.append(_some([p/f"{o['image_id']}.jpg" for o in rows], what))
         ys.append(_ids([tuple((o[c] or '').strip()[:1] for c in classes[:2]) for o in rows], [('1','0'),('0','1'),('0','0')], d/f'ISIC-2017_{s}_Part3_GroundTruth.csv'))
