@@ -599,7 +599,7 @@ def get_dataset(
     opts = [o for o in inspect.signature(f).parameters if o not in ('path','name')]
     for k in kwargs: check_name(k, opts, f'{n} option') if opts else _fail(f"The data set {n!r} takes no options, but got {k!r}.")
     if n=='finches': return f(None, **kwargs)
-    if path is None: raise InputError(f"The data set {n!r} needs the folder it lies in: get_dataset({n!r}, path).")
+    if path is None: raise InputError(f"The data set {n!r} needs the folder it lies in: give its path.")
     path = Path(path).expanduser()
     if path.exists() and not path.is_dir(): raise InputError(f"{path} is a file: give the folder that holds the images.")
     if download and n!='folder':
