@@ -16,7 +16,7 @@ from PIL import Image
 from fastcore.basics import ifnone
 from fastprogress.fastprogress import progress_bar
 from .core import InputError
-from .data import _several, _sources, data_sets, decode_image, get_dataset, published
+from .data import _several, _sources, _titles, data_sets, decode_image, get_dataset, published
 
 # %% ../nbs/02_check.ipynb #7cd23730
 def _look(image):
@@ -70,7 +70,9 @@ class DataCheck:
         return sum(max(0, sum(s==split for s,_ in g)-1) for g in self.same)
 
     @property
-    def leaks(self): "Groups of equal images of which some are for training and some for testing"; return [g for g in self.same if len({s for s,_ in g})>1]
+    def leaks(self):
+        "Groups of equal images of which some are for training and some for testing"
+        return [g for g in self.same if len({s for s,_ in g})>1]
 
     @property
     def contradictions(self):
@@ -92,11 +94,14 @@ class DataCheck:
             good = [o for o in self.looks[s] if o[3] is None]
             n = torch.bincount(self.labels[s], minlength=len(self.items.classes)).tolist() if self.items.labelled else []
             kinds = Counter(o[2] for o in good).most_common()
-            return {'images':f'{len(self.looks[s]):,}', 'readable':f'{len(good):,}', 'broken':f"{len(self.of(s, 'broken')):,}", 'missing':f"{len(self.of(s, 'missing')):,}",
-                    'classes':f'{sum(k>0 for k in n):,}' if n else '-', 'images in a class: fewest / median / most':three([k for k in n if k]),
-                    'width: smallest / median / largest':three([o[1][0] for o in good]), 'height: likewise':three([o[1][1] for o in good]),
-                    'kinds':', '.join(k for k,_ in kinds[:3]) + (', ...' if len(kinds)>3 else '') or '-', 'copies of an earlier image':f'{self.repeats(s):,}',
-                    'images that the other split has too':f'{sum(t==s for g in self.leaks for t,_ in g):,}'}
+            return {
+                'images':f'{len(self.looks[s]):,}', 'readable':f'{len(good):,}', **{k:f'{len(self.of(s, k)):,}' for k in ('broken','missing')},
+                'classes':f'{sum(k>0 for k in n):,}' if n else '-',
+                'images in a class: fewest / median / most':three([k for k in n if k]),
+                'width: smallest / median / largest':three([o[1][0] for o in good]), 'height: likewise':three([o[1][1] for o in good]),
+                'kinds':', '.join(k for k,_ in kinds[:3]) + (', ...' if len(kinds)>3 else '') or '-',
+                'copies of an earlier image':f'{self.repeats(s):,}',
+                'images that the other split has too':f'{sum(t==s for g in self.leaks for t,_ in g):,}'}
         return pd.DataFrame({s:column(s) for s in self.looks})
 
     def findings(self):
@@ -109,11 +114,16 @@ class DataCheck:
         res = list(self.notes)
         for s in self.looks:
             for k,say in (('broken','cannot be read'), ('missing','not found')):
-                if bad := self.of(s, k): res.append(f"{n(bad, f'{s} image', f'{s} images')} {say}, left out: {_several([os.path.relpath(f, top) for f in bad])}")
-        if self.leaks: res.append(f"{n(self.leaks, 'image')} in both splits, so what is measured on the test images is too good: {same(self.leaks)}")
+                if bad := self.of(s, k):
+                    res.append(f"{n(bad, f'{s} image', f'{s} images')} {say}, left out: {_several([os.path.relpath(f, top) for f in bad])}")
+        if self.leaks:
+            res.append(f"{n(self.leaks, 'image')} in both splits, so what is measured on the test images is too good: {same(self.leaks)}")
         if self.contradictions: res.append(f"{n(self.contradictions, 'image')} with more than one label: {same(self.contradictions)}")
-        if inside := [g for g in self.same if g not in self.leaks]: res.append(f"{n(inside, 'image')} found more than once in one split: {same(inside)}")
-        if c := self.small_classes: res.append(f"{n(c, 'class', 'classes')} with fewer than {self.small} training images: {_several([f'{k} ({v})' for k,v in c], 5)}")
+        if inside := [g for g in self.same if g not in self.leaks]:
+            res.append(f"{n(inside, 'image')} found more than once in one split: {same(inside)}")
+        if c := self.small_classes:
+            res.append(f"{n(c, 'class', 'classes')} with fewer than {self.small} training images: "
+                       f"{_several([f'{k} ({v})' for k,v in c], 5)}")
         return res
 
     def __repr__(self):
@@ -138,9 +148,8 @@ def check_data(
 # %% ../nbs/02_check.ipynb #8ddffd29
 def _data_list():
     say = lambda n: ' or '.join(f'{a:,} / {b:,}' for a,b in published.get(n, [])) or '-'
-    title = dict(gtsrb='GTSRB', gtsrb_paper='GTSRB', cub200='CUB-200-2011', cars='Stanford Cars', aircraft='FGVC-Aircraft', isic2017='ISIC 2017', cifar100='CIFAR-100', imagenet100='ImageNet-100')
     own = dict(finches='drawn when it is asked for', folder='any folder of images')
-    for n in data_sets: print(f'{n:12} {say(n):49} {_sources[title[n]] if n in title else own[n]}')
+    for n in data_sets: print(f'{n:12} {say(n):49} {_sources[_titles[n]] if n in _titles else own[n]}')
 
 def fgsynth_data():
     "Command: look at a data set, fetch one, or list them"
@@ -149,8 +158,10 @@ def fgsynth_data():
     c = sub.add_parser('check', help='what is in a data set: counts, sizes, broken files, duplicates, small classes')
     d = sub.add_parser('download', help='fetch a data set')
     sub.add_parser('list', help='the names, the training and test images that were published, and where they are found')
-    c.add_argument('name', help='name of a data set, or a folder of images'); c.add_argument('path', nargs='?', help='where the data set lies')
-    c.add_argument('--small', type=int, default=10, help='a class with fewer training images than this is called small (default: %(default)s)')
+    c.add_argument('name', help='name of a data set, or a folder of images')
+    c.add_argument('path', nargs='?', help='where the data set lies')
+    c.add_argument('--small', type=int, default=10,
+                   help='a class with fewer training images than this is called small (default: %(default)s)')
     d.add_argument('name', help='name of a data set'); d.add_argument('path', help='folder to put it in')
     a = p.parse_args()
     try:

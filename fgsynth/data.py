@@ -109,7 +109,8 @@ class _Cache:
             with open(self.tmp, 'wb') as f: os.posix_fallocate(f.fileno(), 0, size) if hasattr(os, 'posix_fallocate') else f.truncate(size)
         except OSError as e:
             self.drop()
-            raise InputError(f"The decoded images ({size/1e6:,.0f} MB) cannot be kept in {self.folder} ({e.strerror}): choose another cache_dir, or none, to decode again in each epoch.") from None
+            raise InputError(f"The decoded images ({size/1e6:,.0f} MB) cannot be kept in {self.folder} ({e.strerror}): choose another "
+                             f"cache_dir, or none, to decode again in each epoch.") from None
         return _map(self.tmp, self.n, self.size, shared=True)
 
     def finish(self, good):
@@ -262,7 +263,8 @@ def _note(msg): warnings.warn(msg, stacklevel=2)
 def _list_images(path):
     "All image files below `path`, sorted; hidden files and folders are left out"
     res,seen = [],set()
-    for d,ds,fs in os.walk(path, followlinks=True, onerror=lambda e: _note(f"The folder {e.filename} cannot be read ({e.strerror}) and is left out.")):
+    def closed(e): _note(f"The folder {e.filename} cannot be read ({e.strerror}) and is left out.")
+    for d,ds,fs in os.walk(path, followlinks=True, onerror=closed):
         seen.add(os.path.realpath(d))
         ds[:] = [o for o in ds if o[0]!='.' and o!='__MACOSX' and os.path.realpath(os.path.join(d,o)) not in seen]
         res += [Path(d)/f for f in fs if f[0]!='.' and os.path.splitext(f)[1].lower() in _exts]
@@ -271,7 +273,8 @@ def _list_images(path):
 def _need_images(path):
     "`_list_images`, at least one"
     if fs := _list_images(path): return fs
-    if zs := sorted(f.name for f in path.glob('*') if f.suffix.lower() in _packed): _fail(f"There are no images in the folder {path}, only archives ({_several(zs)}): unpack them first.")
+    if zs := sorted(f.name for f in path.glob('*') if f.suffix.lower() in _packed):
+        _fail(f"There are no images in the folder {path}, only archives ({_several(zs)}): unpack them first.")
     _fail(f"There are no images in the folder {path} (looked for {' '.join(sorted(_exts))}): choose another folder.")
 
 def _class_names(path, fs):
@@ -283,11 +286,14 @@ def _check_classes(path, fs, classes):
     "Warn of class folders without images, and of a few images that keep a folder from being taken as one with class folders"
     if classes:
         void = sorted(d.name for d in path.iterdir() if d.is_dir() and d.name[0]!='.' and d.name not in {*classes,'__MACOSX'})
-        if void: _note(f"No image lies in {len(void)} of the {len(classes)+len(void)} class folders in {path}, which are left out: {_several(void)}")
+        if void:
+            _note(f"No image lies in {len(void)} of the {len(classes)+len(void)} class folders in {path}, which are left out: "
+                  f"{_several(void)}")
     else:
         rest = [f for f in fs if len(f.relative_to(path).parts)!=2]
         if 0<len(rest)<=len(fs)/10 and len({f.parent for f in fs}-{f.parent for f in rest})>1:
-            _note(f"{len(rest)} of {len(fs):,} images do not lie in a class folder, so all are taken as unlabelled: move {_several(rest)} if the folders in {path} are classes.")
+            _note(f"{len(rest)} of {len(fs):,} images do not lie in a class folder, so all are taken as unlabelled: move "
+                  f"{_several(rest)} if the folders in {path} are classes.")
 
 def _split(name, fs, y, te, classes):
     "`Items` whose test images are those at the positions `te`"
@@ -297,7 +303,8 @@ def _split(name, fs, y, te, classes):
 def _check_split(items):
     "Warn of classes that are tested and not trained on"
     if items.labelled and (only := sorted(set(items.test_labels.tolist())-set(items.train_labels.tolist()))):
-        _note(f"{len(only)} of the {len(items.classes)} classes of {items.name} have test images but no training images: {_several([items.classes[i] for i in only])}")
+        _note(f"{len(only)} of the {len(items.classes)} classes of {items.name} have test images but no training images: "
+              f"{_several([items.classes[i] for i in only])}")
     return items
 
 def _folder(path, test_pct:float=0.2, seed:int=0, name=None):
@@ -308,7 +315,8 @@ def _folder(path, test_pct:float=0.2, seed:int=0, name=None):
     fs = [_need_images(p) for p in ps]
     cs = [_class_names(p,f) for p,f in zip(ps,fs)]
     if (gt := path/'labels.csv').is_file():
-        if any(len(c)>1 for c in cs): _fail(f"The folder {path} has labels from two sources, its sub-folders and {gt.name}: move one of them away.")
+        if any(len(c)>1 for c in cs):
+            _fail(f"The folder {path} has labels from two sources, its sub-folders and {gt.name}: move one of them away.")
         return _check_split(_from_csv(path, gt, L(f for o in fs for f in o), ps if len(ps)>1 else (), name, test_pct, seed))
     for p,f,c in zip(ps, fs, cs): _check_classes(p, f, c)
     if len(ps)>1:
@@ -334,7 +342,9 @@ def _rows(path, delimiter, *cols):
     if delimiter is None: delimiter = max(',;\t', key=text.partition('\n')[0].count)
     rows = list(csv.DictReader(io.StringIO(text, newline=''), delimiter=delimiter, skipinitialspace=True))
     for c in cols:
-        if not rows or c not in rows[0]: raise InputError(f"The file {path} has no column {c!r}: it is not the table that was expected, with the columns {', '.join(cols)}.")
+        if not rows or c not in rows[0]:
+            raise InputError(f"The file {path} has no column {c!r}: it is not the table that was expected, with the columns "
+                             f"{', '.join(cols)}.")
     return rows
 
 def read_labels(
@@ -346,7 +356,8 @@ def read_labels(
         f,y,s = [(r.get(k) or '').strip() for k in ('file','label','split')]
         if not f or not y: continue
         f = os.path.normpath(f.replace('\\', '/')).replace(os.sep, '/')
-        if res.setdefault(f, (y,s))!=(y,s): raise InputError(f"The file {path} says two things about {f!r}, {res[f][0]!r} and {y!r}: keep one.")
+        if res.setdefault(f, (y,s))!=(y,s):
+            raise InputError(f"The file {path} says two things about {f!r}, {res[f][0]!r} and {y!r}: keep one.")
         if s not in ('','train','test'): raise InputError(f"The file {path} puts {f!r} into the split {s!r}: write train, test or nothing.")
     if not res: raise InputError(f"The file {path} names no file with a label.")
     return res
@@ -354,7 +365,8 @@ def read_labels(
 def _from_csv(path, gt, fs, parts, name, test_pct, seed):
     "Items whose labels stand in a table; their split as well, if they do not lie in two folders `parts`"
     rows,at = read_labels(gt),{f.relative_to(path).as_posix():f for f in fs}
-    if lost := [o for o in rows if o not in at]: _note(f"{len(lost)} of the {len(rows):,} files that {gt} names are no images in {path}: {_several(lost)}")
+    if lost := [o for o in rows if o not in at]:
+        _note(f"{len(lost)} of the {len(rows):,} files that {gt} names are no images in {path}: {_several(lost)}")
     if miss := [o for o in at if o not in rows]:
         _note(f"{gt} has no label for {len(miss):,} of {len(at):,} images ({_several(miss)}), so all are taken as unlabelled.")
         return Items(name, fs, L())
@@ -363,7 +375,9 @@ def _from_csv(path, gt, fs, parts, name, test_pct, seed):
     part = [rows[o][1] or next((s for s,p in zip(('train','test'), parts) if p in f.parents), '') for o,f in at.items()]
     if not any(part): te = _test_part(y, test_pct, seed)
     elif all(part): te = tensor([i for i,s in enumerate(part) if s=='test']).long()
-    else: raise InputError(f"The column split of {gt} is empty for {part.count('')} of {len(part):,} files: fill in train or test everywhere, or nowhere.")
+    else:
+        raise InputError(f"The column split of {gt} is empty for {part.count('')} of {len(part):,} files: fill in train or test "
+                         f"everywhere, or nowhere.")
     return _split(name, fs, y, te, classes)
 
 # %% ../nbs/01_data.ipynb #faeba0e0
@@ -374,10 +388,13 @@ signs = [*[f'speed limit {o} km/h' for o in (20,30,50,60,70,80)], 'end of speed 
     'bicycles', 'ice or snow', 'wild animals', 'end of all restrictions', 'turn right ahead', 'turn left ahead', 'ahead only',
     'ahead or right', 'ahead or left', 'keep right', 'keep left', 'roundabout', 'end of no overtaking', 'end of no overtaking by lorries']
 
+_titles = dict(gtsrb='GTSRB', gtsrb_paper='GTSRB', cub200='CUB-200-2011', cars='Stanford Cars', aircraft='FGVC-Aircraft',
+               isic2017='ISIC 2017', cifar100='CIFAR-100', imagenet100='ImageNet-100')
 _sources = {
     'GTSRB': 'get it with `fgsynth_data download gtsrb FOLDER`, or from https://benchmark.ini.rub.de',
     'CUB-200-2011': 'get it with `fgsynth_data download cub200 FOLDER`, or from https://data.caltech.edu/records/65de6-vp158',
-    'Stanford Cars': "its own site is gone, but Kaggle has it as jessicali9530/stanford-cars-dataset, and the missing parts are linked from https://github.com/pytorch/vision/issues/7545",
+    'Stanford Cars': "its own site is gone, but Kaggle has it as jessicali9530/stanford-cars-dataset, and the missing parts are linked "
+            "from https://github.com/pytorch/vision/issues/7545",
     'FGVC-Aircraft': 'get it with `fgsynth_data download aircraft FOLDER`, or from https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft',
     'ISIC 2017': 'get the training and test data and the ground truth of part 3 from https://challenge.isic-archive.com/data/#2017',
     'CIFAR-100': 'get it with `fgsynth_data download cifar100 FOLDER`, or from https://www.cs.toronto.edu/~kriz/cifar.html',
@@ -403,7 +420,9 @@ def _inner(d):
 def _ids(labels, classes, source):
     "Class names as LongTensor of positions in `classes`"
     classes = list(classes); pos = {c:i for i,c in enumerate(classes)}
-    if bad := [y for y in labels if y not in pos]: raise InputError(f"{source} names the class {str(bad[0])!r}, which is not one of the {len(classes)}: the file is damaged or belongs to another data set.")
+    if bad := [y for y in labels if y not in pos]:
+        raise InputError(f"{source} names the class {str(bad[0])!r}, which is not one of the {len(classes)}: the file is damaged or "
+                         f"belongs to another data set.")
     return tensor([pos[y] for y in labels]).long()
 
 def _file(path, what):
@@ -416,7 +435,8 @@ def _table(path, what):
 
 def _some(fs, what):
     "Paths, of which at least one has to exist"
-    return L(fs) if any(f.exists() for f in fs) else _fail(f"A part of {what} is missing: expected {fs[0] if fs else 'images'}; {_sources[what]}.")
+    return L(fs) if any(f.exists() for f in fs) else _fail(f"A part of {what} is missing: expected {fs[0] if fs else 'images'}; "
+                                                           f"{_sources[what]}.")
 
 # %% ../nbs/01_data.ipynb #26bdd546
 # The classes of ImageNet-100 as Tian et al. chose them for contrastive multiview coding (2019), and most papers since
@@ -470,8 +490,10 @@ def _cub200(path):
         raise InputError(f"The text files in {d} do not belong together: image {miss[0]} of images.txt has no split, "
                          "or a class that classes.txt lacks.")
     if bad := [k for k,f in files.items() if (d/'classes.txt').exists() and cls[lbl[k]]!=f.split('/')[0]]:
-        raise InputError(f"The text files in {d} do not belong together: image {bad[0]} lies in {files[bad[0]]}, but its label is {cls[lbl[bad[0]]]}.")
-    if bad := {*split.values()}-{'0','1'}: raise InputError(f"The file {d/'train_test_split.txt'} should say 1 (training) or 0 (test) for each image, not {min(bad)!r}.")
+        raise InputError(f"The text files in {d} do not belong together: image {bad[0]} lies in {files[bad[0]]}, but its label is "
+                         f"{cls[lbl[bad[0]]]}.")
+    if bad := {*split.values()}-{'0','1'}:
+        raise InputError(f"The file {d/'train_test_split.txt'} should say 1 (training) or 0 (test) for each image, not {min(bad)!r}.")
     ks = [[k for k in files if split[k]==o] for o in '10']
     return Items('cub200', *[_some([d/'images'/files[k] for k in o], 'CUB-200-2011') for o in ks],
                  *[tensor([pos[lbl[k]] for k in o]) for o in ks], [cls[o].split('.',1)[-1].replace('_', ' ') for o in ids])
@@ -488,7 +510,9 @@ def _cars(path):
         from scipy.io import loadmat
         try: return np.atleast_1d(loadmat(_file(f, what), squeeze_me=True)[k])
         except InputError: raise
-        except Exception: raise InputError(f"The file {f} cannot be read as Stanford Cars' {k.replace('_', ' ')}: it is damaged or another file, so fetch it again.") from None
+        except Exception:
+            raise InputError(f"The file {f} cannot be read as Stanford Cars' {k.replace('_', ' ')}: it is damaged or another file, so "
+                             f"fetch it again.") from None
     if kind=='cars_annos.mat':
         an,classes = mat(d/'cars_annos.mat', 'annotations'),mat(d/'cars_annos.mat', 'class_names')
         an = [[(d/str(a['relative_im_path']), a['class']) for a in an if bool(a['test'])==t] for t in (False,True)]
@@ -498,7 +522,8 @@ def _cars(path):
         ps = [_inner(d/o) for o in ('cars_train','cars_test')]
         an = [[(p/str(a['fname']), a['class']) for a in mat(f, 'annotations')] for p,f in zip(ps, gts)]
         classes = mat(d/'devkit/cars_meta.mat', 'class_names')
-    return Items('cars', *[_some([f for f,_ in o], what) for o in an], *[_ids([int(c) for _,c in o], range(1, len(classes)+1), d) for o in an], [str(o) for o in classes])
+    ys = [_ids([int(c) for _,c in o], range(1, len(classes)+1), d) for o in an]
+    return Items('cars', *[_some([f for f,_ in o], what) for o in an], *ys, [str(o) for o in classes])
 
 def _aircraft(path, level:str='variant'):
     what = 'FGVC-Aircraft'
@@ -516,9 +541,10 @@ def _isic2017(path):
     fs,ys = [],[]
     for s in ('Training','Test_v2'):
         p = _inner(_file(d/f'ISIC-2017_{s}_Data', what))
-        rows = _rows(_file(d/f'ISIC-2017_{s}_Part3_GroundTruth.csv', what), ',', 'image_id', *classes[:2])
+        gt = _file(d/f'ISIC-2017_{s}_Part3_GroundTruth.csv', what)
+        rows = _rows(gt, ',', 'image_id', *classes[:2])
         fs.append(_some([p/f"{o['image_id']}.jpg" for o in rows], what))
-        ys.append(_ids([tuple((o[c] or '').strip()[:1] for c in classes[:2]) for o in rows], [('1','0'),('0','1'),('0','0')], d/f'ISIC-2017_{s}_Part3_GroundTruth.csv'))
+        ys.append(_ids([tuple((o[c] or '').strip()[:1] for c in classes[:2]) for o in rows], [('1','0'),('0','1'),('0','0')], gt))
     return Items('isic2017', *fs, *ys, [o.replace('_', ' ') for o in classes])
 
 def _cifar100(path):
@@ -541,22 +567,27 @@ def _imagenet100(path, classes:str=None):
         want = sorted({o.split()[0] for o in f.read_text(encoding='utf-8').splitlines() if o.strip()})
     else: want = sorted(cmc100) if len(have)>100 and set(cmc100)<=set(have) else have
     if len(have)<2: _fail(f"The folder {trs[0]} should hold one sub-folder per class.")
-    if classes is None and len(want)>100: _fail(f"The folder {trs[0]} holds {len(have)} classes, and not all of the usual 100: name yours, one a line, in a file classes=FILE.")
-    if miss := [o for o in want if o not in have]: _fail(f"There is no folder for {len(miss)} of the {len(want)} classes in {trs[0]}: expected {trs[0]/miss[0]}.")
+    if classes is None and len(want)>100:
+        _fail(f"The folder {trs[0]} holds {len(have)} classes, and not all of the usual 100: name yours, one a line, in a file "
+              f"classes=FILE.")
+    if miss := [o for o in want if o not in have]:
+        _fail(f"There is no folder for {len(miss)} of the {len(want)} classes in {trs[0]}: expected {trs[0]/miss[0]}.")
     def part(*ps):
         "Files and labels of one split"
         res = [(f,i) for i,c in enumerate(want) for p in ps if (p/c).is_dir() for f in _list_images(p/c)]
-        return L(f for f,_ in res),tensor([i for _,i in res]) if res else _fail(f"There are no images in class folders in {ps[0]}: expected {ps[0]/want[0]}.")
+        return L(f for f,_ in res),tensor([i for _,i in res]) if res else _fail(f"There are no images in class folders in {ps[0]}: "
+                                                                                f"expected {ps[0]/want[0]}.")
     (tr,ytr),(te,yte) = part(*trs),part(_file(te, what))
-    if classes is None and len(want)==100 and set(want)!=set(cmc100): _note(f"The 100 classes in {trs[0]} are not the usual ones (`cmc100`): results on them do not compare with published ones.")
+    if classes is None and len(want)==100 and set(want)!=set(cmc100):
+        _note(f"The 100 classes in {trs[0]} are not the usual ones (`cmc100`): results on them do not compare with published ones.")
     return _check_split(Items('imagenet100', tr, te, ytr, yte, want))
 
 # %% ../nbs/01_data.ipynb #7d5a8292
 data_sets = {f.__name__[1:]:f for f in (_finches,_gtsrb,_gtsrb_paper,_cub200,_cars,_aircraft,_isic2017,_cifar100,_imagenet100,_folder)}
 
 # Images for training and testing, as published and as the paper counts them
-published = dict(gtsrb=[(26_640,12_630), (39_209,12_630), (4_800,3_750)], gtsrb_paper=[(4_800,3_750)], cub200=[(5_994,5_794)], cars=[(8_144,8_041)],
-    aircraft=[(6_667,3_333)], isic2017=[(2_000,600)], cifar100=[(50_000,10_000)])
+published = dict(gtsrb=[(26_640,12_630), (39_209,12_630), (4_800,3_750)], gtsrb_paper=[(4_800,3_750)],
+    cub200=[(5_994,5_794)], cars=[(8_144,8_041)], aircraft=[(6_667,3_333)], isic2017=[(2_000,600)], cifar100=[(50_000,10_000)])
 
 def _check_counts(items, name, path):
     "Warn where other images are there than were published"
@@ -564,21 +595,27 @@ def _check_counts(items, name, path):
     have = tuple(len(o) if isinstance(o, torch.Tensor) else sum(map(os.path.exists, o)) for o in (items.train, items.test))
     if have not in published[name]:
         say = lambda c: f"{c[0]:,} training and {c[1]:,} test images"
-        _note(f"{path} holds {say(have)} of {name}, which has {' or '.join(map(say, published[name]))}: results do not compare with published ones.")
+        _note(f"{path} holds {say(have)} of {name}, which has {' or '.join(map(say, published[name]))}: results do not compare with "
+              f"published ones.")
 
 def _download(name, path):
     "Fetch a data set with torchvision's downloader; no archive may write outside of `path`"
     from torchvision.datasets import CIFAR100, FGVCAircraft, GTSRB
     from torchvision.datasets.utils import download_and_extract_archive
-    get = dict(gtsrb=lambda: [GTSRB(path, o, download=True) for o in ('train','test')], aircraft=lambda: FGVCAircraft(path, download=True), cifar100=lambda: CIFAR100(path, download=True),
-        cub200=lambda: download_and_extract_archive('https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz', path, md5='97eceeb196236b17998738112f37df78'))
+    cub = 'https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz','97eceeb196236b17998738112f37df78'
+    get = dict(gtsrb=lambda: [GTSRB(path, o, download=True) for o in ('train','test')], aircraft=lambda: FGVCAircraft(path, download=True),
+               cifar100=lambda: CIFAR100(path, download=True), cub200=lambda: download_and_extract_archive(cub[0], path, md5=cub[1]))
     get['gtsrb_paper'] = get['gtsrb']
-    if name not in get: raise InputError(f"The data set {name!r} cannot be downloaded by a program: " + _sources[{'cars':'Stanford Cars','isic2017':'ISIC 2017','imagenet100':'ImageNet-100'}[name]] + '.')
-    if not hasattr(tarfile, 'data_filter'): raise InputError("This version of Python unpacks archives without a safeguard: update it, or unpack the data set by hand.")
+    if name not in get:
+        raise InputError(f"The data set {name!r} cannot be downloaded by a program: {_sources[_titles[name]]}.")
+    if not hasattr(tarfile, 'data_filter'):
+        raise InputError("This version of Python unpacks archives without a safeguard: update it, or unpack the data set by hand.")
     old = tarfile.TarFile.__dict__.get('extraction_filter')
     tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
     try: path.mkdir(parents=True, exist_ok=True); get[name]()
-    except Exception as e: raise InputError(f"The download of {name!r} to {path} failed ({type(e).__name__}: {str(e).partition(chr(10))[0]}): try again, or fetch it by hand.") from None
+    except Exception as e:
+        raise InputError(f"The download of {name!r} to {path} failed ({type(e).__name__}: {str(e).partition(chr(10))[0]}): try again, "
+                         f"or fetch it by hand.") from None
     finally: tarfile.TarFile.extraction_filter = old
 
 def get_dataset(

@@ -61,7 +61,8 @@ class ImageIndex:
 def _run_info(run):
     "Settings of a finished run"
     run = Path(run)
-    if not ((run/'settings.json').is_file() and (run/'encoder.safetensors').is_file()): raise InputError(f"There is no finished run in {str(run)!r}: train one with fgsynth_train --out {run}.")
+    if not ((run/'settings.json').is_file() and (run/'encoder.safetensors').is_file()):
+        raise InputError(f"There is no finished run in {str(run)!r}: train one with fgsynth_train --out {run}.")
     return json.loads((run/'settings.json').read_text(encoding='utf-8'))
 
 def _run_files(run, data=None, path=None):
@@ -69,11 +70,13 @@ def _run_files(run, data=None, path=None):
     s = _run_info(run)
     if data is None:
         data,path = s['data'],path or s['path']
-        if path is None and not Path(data).expanduser().is_dir(): raise InputError(f"The images that the run was trained on, {data!r}, are not here as files: name their folder with --data.")
+        if path is None and not Path(data).expanduser().is_dir():
+            raise InputError(f"The images that the run was trained on, {data!r}, are not here as files: name their folder with --data.")
     p = Path(str(data)).expanduser()
     if path is None and p.is_dir(): return _need_images(p),p.resolve()
     items = get_dataset(data, path)
-    if isinstance(items.train, torch.Tensor): raise InputError(f"The images of {items.name!r} are not files, so they cannot be searched: name a folder with --data.")
+    if isinstance(items.train, torch.Tensor):
+        raise InputError(f"The images of {items.name!r} are not files, so they cannot be searched: name a folder with --data.")
     fs = [*items.train, *items.test]
     return fs,Path(os.path.commonpath([f.resolve().parent for f in fs]))
 
@@ -84,7 +87,9 @@ def _encode(encoder, files, size, bs, progress):
         try: x,good = load_images(files[i:i+1024], size, progress=False)
         except InputError: continue # none of them can be read
         z = features(encoder, x, bs=bs)
-        if not z.isfinite().all(): raise InputError("The features are not finite (NaN or infinite): the encoder has diverged, so train again with a lower learning rate.")
+        if not z.isfinite().all():
+            raise InputError("The features are not finite (NaN or infinite): the encoder has diverged, so train again with a lower "
+                             "learning rate.")
         yield [i+g for g in good.tolist()],z
 
 def build_index(
@@ -132,7 +137,8 @@ def build_index(
         (out/'new.json').write_text(json.dumps(about), encoding='utf-8'); os.replace(out/'new.json', out/'index.json')
         for f in [*out.glob('*.f16'), *out.glob('*.f32')]:
             if f.stem!=about['key']: f.unlink()
-    except OSError as e: raise InputError(f"The index cannot be written to {out} ({e.strerror}): choose another folder with --index.") from None
+    except OSError as e:
+        raise InputError(f"The index cannot be written to {out} ({e.strerror}): choose another folder with --index.") from None
     return ImageIndex(out)
 
 # %% ../nbs/14_own.ipynb #9d95baaf
@@ -152,12 +158,14 @@ def search_run(
     try: x = decode_image(query, enc.info['image_size'])
     except Exception: raise InputError(f"The image {str(query)!r} cannot be read: check the path, and that it is an image file.") from None
     v,j = ix.search(features(enc, x[None]), k+1)
-    res = [(ix.path(i),s) for s,i in zip(v[0].tolist(), j[0].tolist()) if not ix.path(i).exists() or not os.path.samefile(ix.path(i), query)][:k]
+    found = [(ix.path(i),s) for s,i in zip(v[0].tolist(), j[0].tolist())]
+    res = [(f,s) for f,s in found if not f.exists() or not os.path.samefile(f, query)][:k]
     print('rank  similarity  file')
     for r,(f,s) in enumerate(res, 1): print(f'{r:4}  {s:10.3f}  {_several([os.path.relpath(f, ix.root)])}')
     out = Path(out or Path(run)/'search.png')
     try: out.parent.mkdir(parents=True, exist_ok=True); _draw(query, res, out)
-    except OSError as e: raise InputError(f"The picture cannot be written to {out} ({e.strerror}): choose another file with --out.") from None
+    except OSError as e:
+        raise InputError(f"The picture cannot be written to {out} ({e.strerror}): choose another file with --out.") from None
     print(f'Wrote {out}')
     return res
 
@@ -225,7 +233,8 @@ def _match(rows, index):
         rel = os.path.relpath(f, index.root).replace(os.sep, '/') if os.path.isabs(f) else f
         i = at.get(rel, by_name[rel][0] if len(by_name.get(rel, []))==1 else None)
         if i is None: lost.append(f)
-        elif pos.setdefault(i, y)!=y: raise InputError(f"The table says two things about {index.names[i]!r}, {pos[i]!r} and {y!r}: keep one.")
+        elif pos.setdefault(i, y)!=y:
+            raise InputError(f"The table says two things about {index.names[i]!r}, {pos[i]!r} and {y!r}: keep one.")
     return pos,lost
 
 @torch.no_grad()
@@ -246,12 +255,18 @@ def label_run(
     rows = read_labels(labels)
     ix = build_index(run, data, path, index)
     pos,lost = _match(rows, ix)
-    if lost: warnings.warn(f"{len(lost)} of the {len(rows):,} files in {labels} are no readable images in {ix.root}, or have a name that several images share: {_several(lost)}")
+    if lost:
+        warnings.warn(f"{len(lost)} of the {len(rows):,} files in {labels} are no readable images in {ix.root}, or have a name that "
+                      f"several images share: {_several(lost)}")
     classes = sorted(set(pos.values()))
-    if len(classes)<2: raise InputError(f"{labels} gives labels to {len(pos)} images of {ix.root} in {len(classes)} classes: label images of at least two classes, with file names as seen from that folder.")
+    if len(classes)<2:
+        raise InputError(f"{labels} gives labels to {len(pos)} images of {ix.root} in {len(classes)} classes: label images of at least "
+                         f"two classes, with file names as seen from that folder.")
     i = torch.tensor(list(pos)); y = torch.tensor([classes.index(o) for o in pos.values()]); z = ix.features(i)
     n = torch.bincount(y, minlength=len(classes))
-    if (n<2).any(): warnings.warn(f"{int((n<2).sum())} of the {len(classes)} classes have one labelled image, too few to be checked: {_several([c for c,k in zip(classes, n) if k<2])}")
+    if (n<2).any():
+        warnings.warn(f"{int((n<2).sum())} of the {len(classes)} classes have one labelled image, too few to be checked: "
+                      f"{_several([c for c,k in zip(classes, n) if k<2])}")
     accs,held,ys = cross_validate(z, y, len(classes), classifier, folds, seed=seed)
     t = fit_temperature(held, ys, len(y))
     rest = torch.ones(len(ix), dtype=torch.bool); rest[i] = False; rest = rest.nonzero()[:,0]
@@ -264,13 +279,16 @@ def label_run(
         with open(out, 'w', newline='', encoding='utf-8', errors='surrogateescape') as o:
             w = csv.writer(o); w.writerow(['file','label','confidence'])
             w.writerows(sorted((ix.names[k], classes[c], f'{p:.3f}') for k,c,p in zip(rest.tolist(), pred.tolist(), probs.tolist())))
-    except OSError as e: raise InputError(f"The predictions cannot be written to {out} ({e.strerror}): choose another file with --out.") from None
-    res = dict(accuracy=accs.mean().item(), spread=accs.std().item(), chance=100*n.max().item()/len(y), temperature=t, labelled=len(y), predicted=len(rest))
+    except OSError as e:
+        raise InputError(f"The predictions cannot be written to {out} ({e.strerror}): choose another file with --out.") from None
+    res = dict(accuracy=accs.mean().item(), spread=accs.std().item(), chance=100*n.max().item()/len(y), temperature=t,
+               labelled=len(y), predicted=len(rest))
     hit = held.argmax(1)==ys
     wide = max(5, *map(len, classes))
     print(f"{'class':{wide}}  labelled  recognised  predicted")
     for c,name in enumerate(classes): print(f'{name:{wide}}  {n[c]:8,}  {100*hit[ys==c].float().mean():8.1f} %  {int((pred==c).sum()):9,}')
-    print(f"Accuracy {res['accuracy']:.1f} % on labelled images that were held out, standard deviation {res['spread']:.1f} over {len(accs)} parts of about {max(1, round(len(hit)/len(accs)))}; "
+    print(f"Accuracy {res['accuracy']:.1f} % on labelled images that were held out, standard deviation {res['spread']:.1f} over "
+          f"{len(accs)} parts of about {max(1, round(len(hit)/len(accs)))}; "
           f"always saying {classes[n.argmax()]!r} would give {res['chance']:.1f} %")
     if len(rest): print(f'Wrote labels for {len(rest):,} images to {out}, with a mean confidence of {100*probs.mean():.1f} %')
     else: print('All images have a label already')
