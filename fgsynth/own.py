@@ -73,12 +73,12 @@ def _run_files(run, data=None, path=None):
         if path is None and not Path(data).expanduser().is_dir():
             raise InputError(f"The images that the run was trained on, {data!r}, are not here as files: name their folder with --data.")
     p = Path(str(data)).expanduser()
-    if path is None and p.is_dir(): return _need_images(p),p.resolve()
+    if path is None and p.is_dir(): return _need_images(p),Path(os.path.abspath(p))
     items = get_dataset(data, path)
     if isinstance(items.train, torch.Tensor):
         raise InputError(f"The images of {items.name!r} are not files, so they cannot be searched: name a folder with --data.")
     fs = [*items.train, *items.test]
-    return fs,Path(os.path.commonpath([f.resolve().parent for f in fs]))
+    return fs,Path(os.path.commonpath([f.absolute().parent for f in fs]))
 
 def _encode(encoder, files, size, bs, progress):
     "Positions and features of the images that can be read, chunk by chunk"
@@ -97,7 +97,7 @@ def build_index(
     data=None, # Folder of images, or name of a data set; by default what the run was trained on
     path=None, # Where that data set lies
     folder=None, # Where the index goes; by default `index` in the run
-    bs:int=256, # Images at a time
+    bs:int=64, # Images at a time; on a CPU more only cost memory, and its allocation
     device=None, # Where the encoder runs; default: fastai's
     progress=None, # Show a progress bar? Default: from 2,000 new files on
 )->ImageIndex:
@@ -230,7 +230,7 @@ def _match(rows, index):
     for o,i in at.items(): by_name.setdefault(o.rpartition('/')[2], []).append(i)
     pos,lost = {},[]
     for f,(y,_) in rows.items():
-        rel = os.path.relpath(f, index.root).replace(os.sep, '/') if os.path.isabs(f) else f
+        rel = os.path.relpath(os.path.realpath(f), os.path.realpath(index.root)).replace(os.sep, '/') if os.path.isabs(f) else f
         i = at.get(rel, by_name[rel][0] if len(by_name.get(rel, []))==1 else None)
         if i is None: lost.append(f)
         elif pos.setdefault(i, y)!=y:
