@@ -9,6 +9,7 @@ __all__ = []
 from .core import *
 from .finches import *
 from .data import *
+from .check import *
 from .augment import *
 from .models import *
 from .losses import *
@@ -18,5 +19,6 @@ from .synth import *
 from .evaluate import *
 from .show import *
 from .explore import *
+from .own import *
 
 __all__ = [n for n in globals() if not n.startswith('_')]
