@@ -1,10 +1,11 @@
 "The repository's habits: what must hold for every notebook, page, module and command"
-import ast, configparser, importlib.util, json, re, shutil, subprocess, sys
+import ast, configparser, importlib.util, json, re, runpy, shutil, subprocess, sys
 from pathlib import Path
 import pytest, yaml
 from conftest import root
 
 nbs_dir = root/'nbs'
+modidx = runpy.run_path(root/'fgsynth'/'_modidx.py')['d']
 nbs = sorted(o for o in nbs_dir.rglob('*.ipynb') if not any(p[0] in '._' for p in o.relative_to(nbs_dir).parts))
 ids = [o.relative_to(nbs_dir).as_posix() for o in nbs]
 cfg = configparser.ConfigParser(delimiters=['='])
@@ -42,6 +43,32 @@ def test_cell_ids_differ(nb):
     "The modules name the cells that they came from"
     found = [c['id'] for c in cells(nb)]
     assert len(set(found))==len(found)
+
+def _shown(nb):
+    "Code cells that a reader sees, and which of them end in an expression whose value would show"
+    for c in cells(nb):
+        d = directives(c) if c['cell_type']=='code' else {'hide':''}
+        if {o.split()[0] for o in d} & {'hide','export','exports','exporti','default_exp'}: continue
+        try: last = (ast.parse(source(c)).body or [None])[-1]
+        except SyntaxError: last = None # a magic
+        value = isinstance(last, ast.Expr) and not source(c).rstrip().endswith(';')
+        if value and isinstance(last.value, ast.Call): value = not re.match(r'test_|expect_|\w+_close$', ast.unparse(last.value.func)) # they return nothing
+        yield c, d, value
+
+@each_nb
+def test_outputs_are_saved(nb):
+    "What a page should show was there when it was saved"
+    bad = [source(c)[-80:] for c,d,value in _shown(nb) if value and not c.get('outputs') and d.get('output','').strip()!='false']
+    assert not bad, 'run the notebook from top to bottom:\n' + '\n---\n'.join(bad)
+
+@each_nb
+def test_alt_texts(nb):
+    "Every picture says in words what it shows: in a cell by `#| fig-alt:`, in prose by ![words](...)"
+    bad = [source(c)[:80] for c,d,_ in _shown(nb) if any(k.startswith('image/') for o in c.get('outputs',[]) for k in o.get('data',{}))
+           and len(d.get('fig-alt','').strip(' "'))<10]
+    text = [m for c in cells(nb) if c['cell_type']=='markdown' for m in re.findall(r'!\[\s*\]\([^)]*\)', source(c))]
+    made = [m for c,_,_ in _shown(nb) for o in c.get('outputs',[]) for m in re.findall(r'<img\b(?![^>]*\balt="[^"]+")[^>]*>', ''.join(o.get('data',{}).get('text/html','')))]
+    assert not bad + text + made, bad + text + made
 
 def directives(cell): return dict(o.split(':',1) if ':' in o else (o,'') for o in re.findall(r'^#\s*\|\s*(\S.*?)\s*$', source(cell), flags=re.M))
 
@@ -179,3 +206,12 @@ def test_links(site):
     problems = [l for l in r.stdout.splitlines() if l.strip() and 'output-file' not in l]
     assert not problems, '\n'.join(problems)
     assert 'page(s)' in r.stderr, r.stderr
+
+def test_links_to_symbols(site):
+    "Names in backticks lead to pages and entries that exist"
+    made = {re.search(r'output-file: (\S+)', source(cells(o)[0]))[1] for o in site.rglob('*.ipynb') if 'output-file' in source(cells(o)[0])}
+    entries = {v[0] for mod in modidx['syms'].values() for v in mod.values()}
+    base = f"https://{cfg['user']}.github.io/{cfg['lib_name']}/" if '%' in cfg['doc_host'] else f"{cfg['doc_host']}/{cfg['lib_name']}/"
+    found = {m for o in site.rglob('*.ipynb') for c in cells(o) for m in re.findall(re.escape(base)+r'(\w+\.html#[\w.]+)', source(c))}
+    assert len(found)>50
+    assert not [o for o in found if o.split('#')[0] not in made or o not in entries], found
