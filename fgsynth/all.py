@@ -18,5 +18,6 @@ from .synth import *
 from .evaluate import *
 from .show import *
 from .explore import *
+from .resume import *
 
 __all__ = [n for n in globals() if not n.startswith('_')]

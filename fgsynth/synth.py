@@ -116,6 +116,9 @@ class AutoEncoder(nn.Module):
         self.decoder = net.decoder
         self.__dict__.update(net=net, zs=None, seen=torch.zeros(n, dtype=torch.bool)) # not part of this model's parameters
 
+    def get_extra_state(self): return dict(zs=self.zs, seen=self.seen, net=self.net.state_dict()) # for checkpoints
+    def set_extra_state(self, s): self.__dict__.update(zs=s['zs'], seen=s['seen']); self.net.load_state_dict(s['net'])
+
     @torch.no_grad()
     def encode(self, x, i):
         new = ~self.seen[i]
