@@ -43,6 +43,7 @@ def locked(
     try: lock.acquire()
     except Timeout:
         raise InputError(f"Another process ({file.read_text() or 'unknown'}) is writing to {str(folder)!r}: wait for it to end, or choose another folder.") from None
+    except OSError as e: raise InputError(f"The folder {str(folder)!r} cannot be written to ({e.strerror}): choose another one.") from None
     try:
         with suppress(OSError): file.write_text(str(os.getpid()))
         yield
@@ -183,9 +184,9 @@ class CheckpointCallback(Callback):
             raise CancelEpochException()
         if self.state:
             self.remember()
-            for dl,r in zip(self.dls.loaders, self.state['shuffle']): dl.rng.setstate(r)
+            self.reshuffle()
             self.learn.all_batches = self.other_batches
-        self.shuffle = [dl.rng.getstate() for dl in self.dls.loaders]
+        self.shuffle = self.loaders()
 
     def after_epoch(self):
         if self.others is None or self.epoch+1<self.first: return
@@ -219,10 +220,13 @@ class CheckpointCallback(Callback):
     def after_step(self): self.pending = False
 
     def after_fit(self):
-        if self.state: _set_random(self.state['random'], self.dls.device); self.state = None # it was over already
-        else: self.save(True)
+        if self.state: self.reshuffle(); _set_random(self.state['random'], self.dls.device); self.state = None # it was over already
+        else: self.shuffle = self.loaders(); self.save(True)
         self.seconds = self.spent()
 
+    def loaders(self): return [dl.rng.getstate() for dl in self.dls.loaders]
+    def reshuffle(self):
+        for dl,r in zip(self.dls.loaders, self.state['shuffle']): dl.rng.setstate(r)
     def spent(self): return self.seconds + time.time()-self.start
     def sums(self): return [self.recorder.loss, self.recorder.smooth_loss, *self.learn.metrics] if hasattr(self.learn, 'recorder') else []
 
@@ -233,5 +237,5 @@ class CheckpointCallback(Callback):
             model=get_model(self.model).state_dict(), opt=_plain(self.opt.state_dict()),
             grads={n:p.grad if self.pending else None for n,p in self.model.named_parameters() if p.grad is not None},
             scaler=l.scaler.state_dict() if getattr(l, 'scaler', None) else None, metrics=[_memory(m, False) for m in self.sums()], cbs={k:_memory(cb) for k,cb in _by_name(l.cbs).items() if cb is not self},
-            shuffle=getattr(self, 'shuffle', None), random=_random(self.dls.device)), self.keep)
+            shuffle=self.shuffle, random=_random(self.dls.device)), self.keep)
         self.count,self.saved = 0,time.time()
