@@ -13,6 +13,7 @@ from .augment import *
 from .models import *
 from .losses import *
 from .perturb import *
+from .health import *
 from .ssl import *
 from .synth import *
 from .evaluate import *

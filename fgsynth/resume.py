@@ -148,7 +148,8 @@ class CheckpointCallback(Callback):
     order,run_valid = -100,False
     def __init__(self,
         folder, # Where checkpoints lie: one folder for each fit
-        every='10m', # Steps (200) or time ('30s', '10m', '2h') between two of them; there is one at the end of each epoch too
+        every='10m', # Steps (200) or time ('30s', '10m', '2h') between two of them
+        each_epoch:bool=True, # One at the end of each epoch, too
         resume=False, # Go on from the newest one, if any: True, or what `read_checkpoint` gave
         settings:dict=None, # What must be the same to go on, besides the numbers of epochs and steps
         phase:str='fit', # Which of several fits this is; another one's checkpoint is none to go on from
@@ -203,7 +204,7 @@ class CheckpointCallback(Callback):
 
     def before_batch(self):
         if self.state: self.last()
-        elif self.count>=self.every[0] or time.time()-self.saved>=self.every[1] or self.iter==0 and self.epoch>self.first: self.save()
+        elif self.count>=self.every[0] or time.time()-self.saved>=self.every[1] or self.each_epoch and self.iter==0 and self.epoch>self.first: self.save()
         self.count,self.pending = self.count+1,True
 
     def last(self):
@@ -232,6 +233,7 @@ class CheckpointCallback(Callback):
 
     def save(self, done=False):
         l = self.learn
+        if hasattr(l, 'health'): l.health.look_now()                         # what is not finite is not worth keeping
         write_checkpoint(self.folder, dict(phase=self.phase, settings=self.facts, done=done, seconds=self.spent(),
             epoch=self.epoch, step=0 if done else self.iter, train_iter=self.train_iter, pct_train=self.pct_train,
             model=get_model(self.model).state_dict(), opt=_plain(self.opt.state_dict()),

@@ -245,7 +245,7 @@ def _train(learn, items, s, out, same, state, save_every):
     keep = partial(CheckpointCallback, out/'checkpoints', save_every, resume=state, settings=same)
     seconds = 0.
     if hasattr(get_model(learn.model), 'decoder') and s.pretrain_epochs>0 and not (state and state['phase']=='training'):
-        print('Pre-training the decoder'); cb = keep(phase='decoder')
+        print('Pre-training the decoder'); cb = keep(phase='decoder', each_epoch=False) # epochs of seconds, checkpoints of 100 MB
         learn.pretrain_decoder(s.pretrain_epochs, cbs=cb); seconds = cb.seconds
     print(f"Training {s.arch} by {s.method}{'' if s.synth=='none' else f' with synthesized pairs ({s.synth})'} on {items}")
     cb = keep(phase='training', seconds=seconds)
