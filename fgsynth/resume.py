@@ -172,9 +172,12 @@ class CheckpointCallback(Callback):
     def go_on(self):
         s = self.state
         check_same(s['settings'], self.facts, f"The checkpoint in {str(self.folder)!r}")
-        get_model(self.model).load_state_dict(s['model'])
-        opt = s['opt'] if isinstance(self.opt, OptimWrapper) else to_device(s['opt'], self.dls.device)
-        self.opt.load_state_dict(dict(opt, hypers=L(opt['hypers'])) if 'hypers' in opt else opt)
+        try:
+            get_model(self.model).load_state_dict(s['model'])
+            opt = s['opt'] if isinstance(self.opt, OptimWrapper) else to_device(s['opt'], self.device())
+            self.opt.load_state_dict(dict(opt, hypers=L(opt['hypers'])) if 'hypers' in opt else opt)
+        except (RuntimeError, AssertionError, ValueError):
+            raise InputError(f"The checkpoint in {str(self.folder)!r} is of another model or optimizer: choose another folder.") from None
         self.first,self.seconds = self.n_epoch if s['done'] else s['epoch'], s['seconds']
         print(f"Going on with the {self.phase} {'after its end' if s['done'] else 'at epoch %d, step %d' % (s['epoch'], s['step'])}")
 
@@ -204,7 +207,8 @@ class CheckpointCallback(Callback):
 
     def before_batch(self):
         if self.state: self.last()
-        elif self.count>=self.every[0] or time.time()-self.saved>=self.every[1] or self.each_epoch and self.iter==0 and self.epoch>self.first: self.save()
+        elif (self.count>=self.every[0] or time.time()-self.saved>=self.every[1]
+              or self.each_epoch and self.iter==0 and self.epoch>self.first): self.save()
         self.count,self.pending = self.count+1,True
 
     def last(self):
@@ -216,28 +220,37 @@ class CheckpointCallback(Callback):
         for n,p in self.model.named_parameters():
             if n in s['grads']: p.grad = torch.zeros_like(p) if s['grads'][n] is None else s['grads'][n].to(p.device)
         if s['scaler']: self.learn.scaler.load_state_dict(s['scaler'])
-        _set_random(s['random'], self.dls.device)
+        _set_random(s['random'], self.device())
 
     def after_step(self): self.pending = False
+    def device(self): return next(self.model.parameters()).device
 
     def after_fit(self):
-        if self.state: self.reshuffle(); _set_random(self.state['random'], self.dls.device); self.state = None # it was over already
+        if self.state: self.reshuffle(); self.state = None                   # it was over already
         else: self.shuffle = self.loaders(); self.save(True)
         self.seconds = self.spent()
 
-    def loaders(self): return [dl.rng.getstate() for dl in self.dls.loaders]
+    def loaders(self): return [dl.rng.getstate() if hasattr(dl, 'rng') else None for dl in self.dls.loaders], _random(self.device())
     def reshuffle(self):
-        for dl,r in zip(self.dls.loaders, self.state['shuffle']): dl.rng.setstate(r)
+        rngs,rest = self.state['shuffle']                                    # PyTorch's own loaders and worker processes take theirs from the latter
+        for dl,r in zip(self.dls.loaders, rngs):
+            if r: dl.rng.setstate(r)
+        _set_random(rest, self.device())
+
     def spent(self): return self.seconds + time.time()-self.start
-    def sums(self): return [self.recorder.loss, self.recorder.smooth_loss, *self.learn.metrics] if hasattr(self.learn, 'recorder') else []
+    def sums(self):
+        rec = getattr(self.learn, 'recorder', None)
+        return [rec.loss, rec.smooth_loss, *self.learn.metrics] if rec else []
 
     def save(self, done=False):
         l = self.learn
         if hasattr(l, 'health'): l.health.look_now()                         # what is not finite is not worth keeping
+        scaler = getattr(l, 'scaler', None)
         write_checkpoint(self.folder, dict(phase=self.phase, settings=self.facts, done=done, seconds=self.spent(),
             epoch=self.epoch, step=0 if done else self.iter, train_iter=self.train_iter, pct_train=self.pct_train,
             model=get_model(self.model).state_dict(), opt=_plain(self.opt.state_dict()),
             grads={n:p.grad if self.pending else None for n,p in self.model.named_parameters() if p.grad is not None},
-            scaler=l.scaler.state_dict() if getattr(l, 'scaler', None) else None, metrics=[_memory(m, False) for m in self.sums()], cbs={k:_memory(cb) for k,cb in _by_name(l.cbs).items() if cb is not self},
-            shuffle=self.shuffle, random=_random(self.dls.device)), self.keep)
+            scaler=scaler and scaler.state_dict(), metrics=[_memory(m, False) for m in self.sums()],
+            cbs={k:_memory(cb) for k,cb in _by_name(l.cbs).items() if cb is not self},
+            shuffle=self.shuffle, random=_random(self.device())), self.keep)
         self.count,self.saved = 0,time.time()
