@@ -6,7 +6,7 @@
 __all__ = ['replacing', 'locked', 'write_checkpoint', 'read_checkpoint', 'check_same', 'parse_every', 'CheckpointCallback']
 
 # %% ../nbs/10_resume.ipynb #44f45c82
-import inspect, itertools, os, random, re, time, warnings, zipfile
+import inspect, itertools, math, os, random, re, time, warnings, zipfile
 from contextlib import contextmanager, suppress
 from filelock import FileLock, Timeout
 from fastai.basics import *
