@@ -14,11 +14,13 @@ from .augment import *
 from .models import *
 from .losses import *
 from .perturb import *
+from .health import *
 from .ssl import *
 from .synth import *
 from .evaluate import *
 from .show import *
 from .explore import *
+from .resume import *
 from .own import *
 
 __all__ = [n for n in globals() if not n.startswith('_')]

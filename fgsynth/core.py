@@ -11,6 +11,8 @@ from difflib import get_close_matches
 # %% ../nbs/00_core.ipynb #4aae9d6d
 class InputError(ValueError):
     "Something the user gave cannot be used; the message says what was wrong and what to do"
+    def __init__(self, msg): super().__init__(msg); self.msg = msg
+    def __str__(self): return self.msg
 
 # %% ../nbs/00_core.ipynb #efd65a93
 def check_name(

@@ -19,6 +19,7 @@ from .finches import SPECIES, draw_finches
 from .evaluate import evaluate
 from .explore import Explorer
 from .models import Encoder, create_encoder, load_encoder, save_encoder
+from .resume import CheckpointCallback, check_same, locked, parse_every, read_checkpoint, replacing
 from .show import Synthesizer, attention_maps, history, show_attention, show_health, show_noise, show_pairs, show_variance
 from .ssl import methods, ssl_learner
 from .synth import ClassNoise, DecoderCallback, SynthPairCallback, synth_pairs
@@ -27,25 +28,30 @@ from .synth import ClassNoise, DecoderCallback, SynthPairCallback, synth_pairs
 def check_out(
     out, # Folder that a run is to be written to
     overwrite:bool=False, # Would it be all right to delete a run that is already there?
+    resume:bool=False, # Would it be all right to go on with a run that is already there?
 )->Path: # `out`
     "Say in time that a folder cannot take a run"
     out = Path(out)
+    if overwrite and resume: raise InputError("A run cannot be replaced and resumed at once: give --overwrite or --resume.")
     if out.is_file(): raise InputError(f"{str(out)!r} is a file: choose a folder for --out.")
-    if out.is_dir() and any(out.iterdir()):
+    if out.is_dir() and any(o.name!='.lock' for o in out.iterdir()):
         if not (out/'settings.json').is_file(): raise InputError(f"The folder {str(out)!r} is not empty and holds no run: choose a new folder for --out.")
-        if not overwrite: raise InputError(f"The folder {str(out)!r} already holds another run: choose another --out, or add --overwrite to replace it.")
+        if not (overwrite or resume): raise InputError(f"The folder {str(out)!r} already holds another run: choose another --out, or add --overwrite to replace it, or --resume to go on with it.")
+        with locked(out): pass
     return out
 
 def open_run(
     out, # Folder to make
     overwrite:bool=False, # Delete a run that is already there
-)->Path: # The empty folder
+    resume:bool=False, # Leave a run that is already there
+)->Path: # The folder, empty unless it is to be resumed
     "Make the folder of a run; a folder with something else in it is left alone"
-    out = check_out(out, overwrite)
-    try:
-        if out.is_dir(): shutil.rmtree(out)
-        out.mkdir(parents=True, exist_ok=True)
+    out = check_out(out, overwrite, resume)
+    try: out.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise InputError(f"The folder {str(out)!r} cannot be made ({e.strerror}): choose another --out.") from None
+    with locked(out):
+        for o in [] if resume else out.iterdir():
+            if o.name!='.lock': shutil.rmtree(o) if o.is_dir() and not o.is_symlink() else o.unlink()
     return out
 
 def _write_csv(path, rows):
@@ -53,7 +59,10 @@ def _write_csv(path, rows):
     with open(path, 'w', newline='', encoding='utf-8') as f:
         w = csv.DictWriter(f, names); w.writeheader(); w.writerows(rows)
 
-def _write_json(path, d): path.write_text(json.dumps(d, indent=1), encoding='utf-8')
+def _write_json(path, d):
+    with replacing(path) as f: f.write(json.dumps(d, indent=1, default=str).encode())
+
+def _read_json(path): return json.loads(Path(path).read_text(encoding='utf-8'))
 
 def _versions(): return dict(fgsynth=fgsynth.__version__, torch=torch.__version__, python=platform.python_version(), processor=platform.machine())
 
@@ -159,12 +168,15 @@ def build(
 def fit(
     learn:Learner, # From `build`
     s, # Settings, as the arguments of `train`
+    cbs=None, # More callbacks
 )->float: # Seconds
     "The self-supervised training of a run"
     set_seed(s.seed); learn.dls.train.rng = random.Random(s.seed)
     start = time.time()
-    learn.fit_one_cycle(s.epochs, slice(s.lr, s.lr*s.head_mult), pct_start=.1, div=10)
+    learn.fit_one_cycle(s.epochs, slice(s.lr, s.lr*s.head_mult), pct_start=.1, div=10, cbs=cbs)
     return time.time()-start
+
+_where = 'out','overwrite','resume','save_every' # arguments of `train` that change nothing about what is trained
 
 def train(
     data:str='finches', # Name of a data set (finches, gtsrb, cub200, cars, aircraft, isic2017, cifar100, imagenet100), or a folder of images
@@ -205,39 +217,53 @@ def train(
     seed:int=0, # Random seed: start, order, views, noise
     out:str='runs/last', # Folder for everything about the run
     overwrite:store_true=False, # Replace a run that is already in that folder
-)->Learner: # The trained learner; `learn.run` is the folder
+    resume:store_true=False, # Go on with the run in that folder, if there is one
+    save_every:str='10m', # Steps (200) or time (30s, 10m, 2h) between two checkpoints; there is one at the end of each epoch too
+)->Learner: # The trained learner; `learn.run` is the folder. None if the run was complete already
     "Train an encoder on unlabelled images, with or without synthesized pairs"
-    s = SimpleNamespace(**{k:v for k,v in locals().items() if k not in ('out','overwrite')})
-    check_name(synth, synth_modes, 'synth mode'); check_name(method, methods, 'method')
+    s = SimpleNamespace(**{k:v for k,v in locals().items() if k not in _where})
+    check_name(synth, synth_modes, 'synth mode'); check_name(method, methods, 'method'); parse_every(save_every)
     for k in 'epochs','bs','size':
         if getattr(s, k)<1: raise InputError(f"--{k} is {getattr(s, k)}: give a number from 1 up.")
     items = _items(data, path, size, cache_dir)
-    check_out(out, overwrite)
+    out = check_out(out, overwrite, resume)
+    same = json.loads(json.dumps({k:v for k,v in vars(s).items() if k not in ('path','cache_dir')} | dict(images=len(items.train)), default=str))
+    if resume and (out/'settings.json').is_file():
+        there = _read_json(out/'settings.json')
+        check_same({k:there.get(k) for k in same}, same, f"The run in {str(out)!r}")
+        if 'seconds' in there: return print(f'The run in {out} is complete.')
     learn = build(items, s)
-    out = open_run(out, overwrite)
-    settings = dict(vars(s), images=len(items.train), **_versions())
-    _write_json(out/'settings.json', settings)
-    seconds = 0.
-    if hasattr(get_model(learn.model), 'decoder') and pretrain_epochs>0:
-        print('Pre-training the decoder'); start = time.time(); learn.pretrain_decoder(pretrain_epochs); seconds = time.time()-start
-    print(f"Training {arch} by {method}{'' if synth=='none' else f' with synthesized pairs ({synth})'} on {items}")
-    seconds += fit(learn, s)
-    settings['seconds'] = round(seconds, 1)
-    hist = history(learn)
-    _write_csv(out/'history.csv', [dict(epoch=i, **{k:v[i] for k,v in hist.items()}) for i in range(len(hist['train_loss']))])
-    save_encoder(learn, out/'encoder.safetensors', **{k:v for k,v in settings.items() if k not in ('arch','size','path','data','weights')}, image_size=size)
-    _pictures(learn, out, _examples(items, size, learn.dls.device))
-    _write_json(out/'settings.json', settings)
-    write_report(out, f'{method}, synthesized pairs: {synth}, on {items.name}', settings)
-    print(f'Wrote {out}/report.html')
+    out = open_run(out, overwrite, resume)
+    with locked(out): _train(learn, items, s, out, same, read_checkpoint(out/'checkpoints') if resume else None, save_every)
     learn.run = out
     return learn
+
+def _train(learn, items, s, out, same, state, save_every):
+    "The part of `train` that writes to the folder"
+    settings = dict(vars(s), **same, **_versions())
+    _write_json(out/'settings.json', settings)
+    keep = partial(CheckpointCallback, out/'checkpoints', save_every, resume=state, settings=same)
+    seconds = 0.
+    if hasattr(get_model(learn.model), 'decoder') and s.pretrain_epochs>0 and not (state and state['phase']=='training'):
+        print('Pre-training the decoder'); cb = keep(phase='decoder', each_epoch=False) # epochs of seconds, checkpoints of 100 MB
+        learn.pretrain_decoder(s.pretrain_epochs, cbs=cb); seconds = cb.seconds
+    print(f"Training {s.arch} by {s.method}{'' if s.synth=='none' else f' with synthesized pairs ({s.synth})'} on {items}")
+    cb = keep(phase='training', seconds=seconds)
+    fit(learn, s, cb)
+    settings['seconds'] = round(cb.seconds, 1)
+    hist = history(learn)
+    _write_csv(out/'history.csv', [dict(epoch=i, **{k:v[i] for k,v in hist.items()}) for i in range(len(hist['train_loss']))])
+    save_encoder(learn, out/'encoder.safetensors', **{k:v for k,v in settings.items() if k not in ('arch','size','path','data','weights')}, image_size=s.size)
+    _pictures(learn, out, _examples(items, s.size, learn.dls.device))
+    write_report(out, f'{s.method}, synthesized pairs: {s.synth}, on {items.name}', settings)
+    _write_json(out/'settings.json', settings)                               # the last: with `seconds` in it, the run is complete
+    print(f'Wrote {out}/report.html')
 
 def settings(
     **changes, # Arguments of `train` by name
 )->SimpleNamespace: # All arguments of `train`, with its defaults where nothing else is said
     "The settings of a run"
-    defaults = {k:p.default for k,p in inspect.signature(train).parameters.items() if k not in ('out','overwrite')}
+    defaults = {k:p.default for k,p in inspect.signature(train).parameters.items() if k not in _where}
     for k in changes: check_name(k, defaults, 'setting')
     return SimpleNamespace(**{**defaults, **changes})
 
@@ -260,7 +286,8 @@ def evaluate_run(
     "Measure a run's encoder by linear probe (100, 50, 20 % of the labels) and retrieval"
     run = Path(run)
     if not ((run/'settings.json').is_file() and (run/'encoder.safetensors').is_file()): raise InputError(f"There is no finished run in {str(run)!r}: train one with fgsynth_train --out {run}.")
-    s = json.loads((run/'settings.json').read_text())
+    s = _read_json(run/'settings.json')
+    if 'seconds' not in s: raise InputError(f"The run in {str(run)!r} is not complete: go on with it by fgsynth_train --resume.")
     if data is None: data,path = s['data'],path or s['path']
     items = _items(data, path, s['size'])
     row = dict(method=s['method'], synth=s['synth'], seed=s['seed'], epochs=s['epochs'], data=items.name,

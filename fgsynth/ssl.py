@@ -17,6 +17,7 @@ from fastai.callback.schedule import *
 from fastai.callback.training import bn_types
 from .core import InputError, check_name
 from .data import float_images
+from .health import HealthCallback
 from .augment import Views, mocov2_views, simsiam_views, whole_views
 from .models import MLPHead, create_encoder, Encoder, num_features
 from .losses import info_nce, neg_cosine, nt_xent
@@ -332,6 +333,7 @@ def ssl_learner(
     frozen_bn:bool=None, # Keep the encoder's batch norm statistics; by default when it starts from pretrained or local weights
     precision:str='fp32', # 'fp32', 'bf16', or 'auto', which measures and prints what it chose (`faster_precision`)
     compile=False, # Compile encoders and decoder: True, or the arguments of `torch.compile` as a dict. Can pay on GPUs; on CPUs the first step may take minutes
+    health:bool=True, # Stop at numbers that are not finite, and warn of collapse and the like (`HealthCallback`)
     opt_func=partial(SGD, mom=0.9, decouple_wd=False), # SGD (section 4.1)
     lr=0.03, # Learning rate (section 4.1)
     wd=1e-4, # Weight decay (section 4.1)
@@ -350,7 +352,7 @@ def ssl_learner(
     if check_name(precision, ['fp32','bf16','auto'], 'precision')=='auto':
         precision,ratio = faster_precision(model.encoder, dls.size, dls.train.bs, dls.device)
         print(f'{precision}: here bfloat16 runs {ratio:.1f} times as fast as float32')
-    cbs = L(method) + L(cbs) + (L(Bfloat16()) if precision=='bf16' else L())
+    cbs = L(method) + L(cbs) + (L(Bfloat16()) if precision=='bf16' else L()) + (L(HealthCallback()) if health else L())
     learn = Learner(dls, model.to(dls.device), loss_func=method.criterion, opt_func=opt_func, lr=lr, wd=wd, wd_bn_bias=wd_bn_bias,
                    splitter=_ssl_splitter, moms=moms, cbs=cbs, **kwargs)
     if compile is not False:

@@ -14,6 +14,7 @@ from functools import wraps
 from fastai.basics import *
 from .core import InputError, check_name
 from .data import float_images
+from .health import HealthCallback
 from .models import Decoder, eval_mode, num_features
 from .perturb import MODES, NORMS, FeatureBank, Perturbed, cam_scores, low_variance, min_max, normalize, perturb
 from .ssl import SSLMethod, batch_stats_only
@@ -116,6 +117,9 @@ class AutoEncoder(nn.Module):
         self.decoder = net.decoder
         self.__dict__.update(net=net, zs=None, seen=torch.zeros(n, dtype=torch.bool)) # not part of this model's parameters
 
+    def get_extra_state(self): return dict(zs=self.zs, seen=self.seen, net=self.net.state_dict()) # for checkpoints
+    def set_extra_state(self, s): self.__dict__.update(zs=s['zs'], seen=s['seen']); self.net.load_state_dict(s['net'])
+
     @torch.no_grad()
     def encode(self, x, i):
         new = ~self.seen[i]
@@ -150,7 +154,7 @@ def pretrain_decoder(self:Learner,
     net.train()
     try:
         pre = Learner(self.dls, AutoEncoder(net, len(self.dls.items.train)), loss_func=MSELossFlat(), opt_func=partial(Adam, mom=0.9, sqr_mom=0.99),
-                      cbs=L(_Reconstruct())+L(cbs), path=self.path, model_dir=self.model_dir)
+                      cbs=L(_Reconstruct())+L(cbs)+(L(HealthCallback(watch=net)) if hasattr(self, 'health') else L()), path=self.path, model_dir=self.model_dir)
         pre.recorder.train_metrics,pre.recorder.valid_metrics,pre.logger = True,False,self.logger
         with pre.no_bar() if not self.create_mbar or not hasattr(self, 'progress') else nullcontext(): pre.fit_one_cycle(n_epoch, lr)
     finally:

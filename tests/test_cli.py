@@ -98,6 +98,13 @@ def test_one_sentence_for_every_mistake(tmp_path, photos, trained, monkeypatch):
         assert words in said and said.startswith('fgsynth_train: ') and '\n' not in said, (args, said)
         assert not (tmp_path/'out').exists(), f'{args} left a folder behind'
 
+def test_explosion(tmp_path, photos, monkeypatch):
+    "A learning rate without measure ends in a sentence, and in no files that look like results"
+    with pytest.raises(SystemExit) as e: call(monkeypatch, 'fgsynth_train', '--data', photos, *small, '--lr', 1e30, '--out', tmp_path/'run')
+    said = str(e.value.code)
+    assert 'was not finite at step' in said and said.startswith('fgsynth_train: ') and '\n' not in said, said
+    assert not (tmp_path/'run/encoder.safetensors').exists()
+
 def test_exit_code_and_no_traceback(tmp_path):
     "Once through the real shell: a sentence on stderr, nothing else, and an exit code"
     r = subprocess.run([Path(sys.executable).parent/'fgsynth_eval', tmp_path], capture_output=True, text=True)

@@ -1,0 +1,116 @@
+"What is left after a training was killed, at any moment: all of it"
+import os, subprocess, sys
+import pytest, torch
+from conftest import root
+from fgsynth import run
+from fgsynth.data import get_dataset
+from fgsynth.resume import locked, read_checkpoint
+from safetensors.torch import load_file
+from test_cli import call
+import killed
+
+@pytest.fixture(scope='module')
+def folders(tmp_path_factory):
+    "The run that was never interrupted, and the one that was killed 20 times"
+    top = tmp_path_factory.mktemp('killed')
+    r = subprocess.run([sys.executable, '-W', 'ignore', root/'tests/killed.py', top], env=os.environ | {'OMP_NUM_THREADS':'1', 'MPLBACKEND':'agg'},
+                       text=True, capture_output=True, stdin=subprocess.DEVNULL)
+    assert r.returncode==0, r.stdout + r.stderr
+    return top/'whole', top/'killed', r.stdout
+
+def equal(a, b, at=''):
+    "Numbers, text and tensors of two nested states are the same, bit for bit"
+    assert type(a)==type(b), at
+    if isinstance(a, torch.Tensor): assert a.dtype==b.dtype and a.equal(b), at
+    elif isinstance(a, dict):
+        assert a.keys()==b.keys(), at
+        for k in a: equal(a[k], b[k], f'{at}.{k}')
+    elif isinstance(a, (list,tuple)):
+        assert len(a)==len(b), at
+        for i,(x,y) in enumerate(zip(a, b)): equal(x, y, f'{at}[{i}]')
+    else: assert a==b, (at, a, b)
+
+def test_killed_20_times_equals_never(folders):
+    whole,dead,_ = folders
+    equal(load_file(whole/'encoder.safetensors'), load_file(dead/'encoder.safetensors'))
+    assert (whole/'history.csv').read_bytes()==(dead/'history.csv').read_bytes()
+    a,b = [read_checkpoint(o/'checkpoints') for o in (whole,dead)]
+    assert {'encoder.body.stem.conv.weight','queue','bank.feats','decoder.spread.weight','decoder_opt._extra_state'} <= set(a['model'])
+    assert any(k.startswith('key_encoder.') for k in a['model']) and a['opt']['state'][0]['grad_avg'].abs().sum()>0
+    for k in 'model opt grads metrics shuffle random train_iter settings phase done'.split(): equal(a[k], b[k], k)
+    for k in 'losses','lrs','iters','values': equal(a['cbs']['recorder 0'][k], b['cbs']['recorder 0'][k], k)
+    assert len(a['cbs']['recorder 0']['values'])==killed.settings['epochs']
+
+def test_deaths_were_of_every_kind(folders):
+    "20 deaths, in both phases, in the middle of an epoch and of a file, and nothing but whole checkpoints left"
+    _,dead,said = folders
+    log = dead.with_suffix('.log').read_text()
+    assert len(said.splitlines())==20 and all(f'{k}: checkpoints' in said for k in killed.kinds)
+    assert 'Going on with the decoder at epoch' in log and 'Going on with the training at epoch' in log
+    assert sorted(int(f.stem) for f in (dead/'checkpoints').iterdir())==[killed.newest(dead)-1, killed.newest(dead)]
+
+small = '--size 32 --bs 16 --epochs 2 --pretrain_epochs 1 --decoder_width 8 --arch timm/test_byobnet --synth none'.split()
+
+@pytest.fixture
+def flock(monkeypatch):
+    items = get_dataset('finches', n_train=48, n_test=16, size=32)
+    monkeypatch.setattr(run, '_items', lambda *args: items)
+
+@pytest.fixture
+def stopped(flock, tmp_path, monkeypatch):
+    "A run that died when it wanted to write its results"
+    def die(*args, **kwargs): raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(run, 'save_encoder', die)
+        with pytest.raises(KeyboardInterrupt): call(m, 'fgsynth_train', *small, '--save_every', 2, '--out', tmp_path/'run')
+    assert not (tmp_path/'run/encoder.safetensors').exists()
+    return tmp_path/'run'
+
+def refuses(monkeypatch, words, *args):
+    with pytest.raises(SystemExit) as e: call(monkeypatch, 'fgsynth_train', *small, *args)
+    said = str(e.value.code)
+    assert words in said and said.startswith('fgsynth_train: ') and '\n' not in said, said
+
+def test_starts_where_nothing_is_and_leaves_what_is_complete(flock, tmp_path, monkeypatch, capsys):
+    out = tmp_path/'new'
+    call(monkeypatch, 'fgsynth_train', *small, '--out', out, '--resume')
+    def times(): return {f:f.stat().st_mtime_ns for f in out.rglob('*') if f.name!='.lock'}
+    before = times()
+    call(monkeypatch, 'fgsynth_train', *small, '--out', out, '--resume')
+    assert 'is complete' in capsys.readouterr().out and times()==before
+    refuses(monkeypatch, 'lr (0.03 there, 0.01 here)', '--out', out, '--resume', '--lr', .01)
+
+def test_refuses_other_settings(stopped, monkeypatch):
+    refuses(monkeypatch, 'seed (0 there, 1 here)', '--out', stopped, '--resume', '--seed', 1)
+    refuses(monkeypatch, '--resume to go on', '--out', stopped)
+    refuses(monkeypatch, '--overwrite or --resume', '--out', stopped, '--resume', '--overwrite')
+    refuses(monkeypatch, "every 'often'", '--out', stopped, '--resume', '--save_every', 'often')
+    with pytest.raises(SystemExit) as e: call(monkeypatch, 'fgsynth_eval', stopped)
+    assert 'no finished run' in str(e.value)
+
+def test_goes_on_from_the_checkpoint_before_a_damaged_one(stopped, tmp_path, monkeypatch):
+    newest = sorted((stopped/'checkpoints').iterdir())[-1]
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    with pytest.warns(UserWarning, match='damaged'): call(monkeypatch, 'fgsynth_train', *small, '--out', stopped, '--resume')
+    call(monkeypatch, 'fgsynth_train', *small, '--out', tmp_path/'whole')
+    equal(*[load_file(o/'encoder.safetensors') for o in (stopped, tmp_path/'whole')])
+
+def test_two_at_once(stopped, monkeypatch):
+    with locked(stopped):
+        for how in '--resume','--overwrite': refuses(monkeypatch, f'Another process ({os.getpid()}) is writing', '--out', stopped, how)
+
+def test_disk_full(flock, tmp_path, monkeypatch):
+    "A disk that takes no more in the middle of the third checkpoint: one sentence, and the second is there to go on from"
+    out,save,n = tmp_path/'run',torch.save,[0]
+    def full(state, f):
+        n[0] += 1
+        f.write(b'x'*1000)
+        if n[0]==3: raise OSError(28, 'No space left on device')
+        f.seek(0); save(state, f)
+    with monkeypatch.context() as m:
+        m.setattr(torch, 'save', full)
+        refuses(m, 'No space left on device', '--save_every', 2, '--out', out)
+    assert [f.name for f in sorted((out/'checkpoints').iterdir())]==['000001.pt','000002.pt']
+    call(monkeypatch, 'fgsynth_train', *small, '--out', out, '--resume')
+    call(monkeypatch, 'fgsynth_train', *small, '--out', tmp_path/'whole')
+    equal(*[load_file(o/'encoder.safetensors') for o in (out, tmp_path/'whole')])
