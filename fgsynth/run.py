@@ -20,7 +20,8 @@ from .evaluate import evaluate
 from .explore import Explorer
 from .models import Encoder, create_encoder, load_encoder, save_encoder
 from .resume import CheckpointCallback, check_same, locked, parse_every, read_checkpoint, replacing
-from .show import Synthesizer, attention_maps, history, show_attention, show_health, show_noise, show_pairs, show_variance
+from .show import (Synthesizer, attention_maps, attention_on_parts, find_neighbours, history, show_attention, show_health, show_noise,
+    show_pairs, show_retrieval, show_variance)
 from .ssl import methods, ssl_learner
 from .synth import ClassNoise, DecoderCallback, SynthPairCallback, synth_pairs
 
@@ -92,6 +93,7 @@ img{max-width:100%}figure{margin:1.5em 0}figcaption{color:#555;font-size:.9em}''
 _captions = dict(curves='Loss terms and collapse indicator (feat_std: 1 for features in all directions, 0 for collapse) over the epochs.',
     pairs='Test images, their reconstructions from the feature vector, and the same with the irrelevant dimensions shaken. Above: the cosine of the features of the two decoded images.',
     attention='Where the encoder looks to recognise an image as itself (Grad-CAM with a self-supervised target).',
+    retrieval='Test images and what the encoder finds most similar among the others. A blue frame with a tick: of the same class, an orange one with a cross: of another.',
     variance='Spread of each dimension of the normalised features over the memory, sorted; dimensions below the threshold are low-variance.',
     noise='Score, spread and size of the noise for one image, dimension by dimension.',
     views='Training images and the views that the method makes of them.')
@@ -101,6 +103,7 @@ def write_report(
     title:str, # Heading
     settings:dict, # Every argument and version
     rows:list=(), # Measurements, as for `text_table`
+    notes:list=(), # Sentences to stand below them
 )->Path: # report.html
     "Gather a run on one self-contained page"
     out = Path(out)
@@ -109,8 +112,8 @@ def write_report(
     parts = [f'<h1>{esc(title)}</h1>']
     if rows:
         head,*body = _cells(rows)
-        parts += ['<h2>Measurements</h2><p>Percent: top-1 of a linear probe with 100, 50 and 20 % of the labels; retrieval among the test images.</p>', table(head, body)]
-    for n in 'curves','pairs','attention','variance','noise','views':
+        parts += ['<h2>Measurements</h2><p>Percent: top-1 of a linear probe with 100, 50 and 20 % of the labels; retrieval among the test images.</p>', table(head, body), *[f'<p>{esc(n)}</p>' for n in notes]]
+    for n in 'curves','pairs','attention','retrieval','variance','noise','views':
         if not (out/f'{n}.png').is_file(): continue
         cap,png = esc(_captions[n]),base64.b64encode((out/f'{n}.png').read_bytes()).decode()
         parts.append(f'<figure><img alt="{cap}" src="data:image/png;base64,{png}"><figcaption>{cap}</figcaption></figure>')
@@ -271,6 +274,16 @@ def _items(data, path, size, cache_dir=None):
     if data=='finches' and path is None: return get_dataset('finches', size=size)
     return get_dataset(data, path, cache_dir)
 
+def _neighbours(encoder, items, size, out):
+    "The picture of neighbours, as a file"
+    if len(items.test)>8: _save(show_retrieval(*find_neighbours(encoder, items, size)), out/'retrieval.png')
+
+def _attention(encoder, items, size, name=''):
+    "A sentence about attention, where there are masks"
+    if items.test_masks is None: return []
+    a = attention_on_parts(encoder, items, size)
+    return [f"{name}{a['share']:.1f} % of the attention and {a['pointing']:.1f} % of its peaks fall on the parts that tell the classes apart, which are {a['area']:.1f} % of the pixels."]
+
 def _examples(items, size, device, n=24):
     split = 'test' if len(items.test) else 'train'
     x,_ = items.load(split, size)
@@ -290,11 +303,13 @@ def evaluate_run(
     if 'seconds' not in s: raise InputError(f"The run in {str(run)!r} is not complete: go on with it by fgsynth_train --resume.")
     if data is None: data,path = s['data'],path or s['path']
     items = _items(data, path, s['size'])
+    encoder = load_encoder(run/'encoder.safetensors')
     row = dict(method=s['method'], synth=s['synth'], seed=s['seed'], epochs=s['epochs'], data=items.name,
-               **evaluate(load_encoder(run/'encoder.safetensors'), items, s['size'], seed=seed, progress=print), seconds=s['seconds'])
+               **evaluate(encoder, items, s['size'], seed=seed, progress=print), seconds=s['seconds'])
     _write_csv(run/'metrics.csv', [row])
-    write_report(run, f"{s['method']}, synthesized pairs: {s['synth']}, on {items.name}", s, [row])
-    print(text_table([row])); print(f'Wrote {run}/metrics.csv and {run}/report.html')
+    _neighbours(encoder, items, s['size'], run); notes = _attention(encoder, items, s['size'])
+    write_report(run, f"{s['method']}, synthesized pairs: {s['synth']}, on {items.name}", s, [row], notes)
+    print('\n'.join([text_table([row]), *notes])); print(f'Wrote {run}/metrics.csv and {run}/report.html')
     return row
 
 # %% ../nbs/11_run.ipynb #94f824c7
@@ -359,11 +374,14 @@ def demo(
     _pictures(learn, out, x)
     _save(show_health(*hists.values(), labels=list(hists)), out/'curves.png')
     _save(show_attention(x[:8], {'start':attention_maps(start, x[:8]), 'MoCo v2':maps['none'], 'with pairs':maps['both']}), out/'attention.png')
+    nets = {'Start':start, 'MoCo v2':load_encoder(out/'encoder_none.safetensors'), 'With pairs':get_model(learn.model).encoder}
+    notes = [n for k,f in nets.items() for n in _attention(f, items, size, f'{k}: ')]
+    _neighbours(nets['With pairs'], items, size, out)
     about = dict(vars(s), weights='encoder_start.safetensors', images=n_train, total_seconds=round(time.time()-begin, 1), **_versions())
     _write_json(out/'settings.json', about)
     _write_csv(out/'metrics.csv', rows)
-    write_report(out, 'MoCo v2 with and without synthesized pairs, on drawn finches', about, rows)
-    print(text_table(rows)); print(f'Wrote {out}/report.html in {time.time()-begin:.0f} seconds')
+    write_report(out, 'MoCo v2 with and without synthesized pairs, on drawn finches', about, rows, notes)
+    print('\n'.join([text_table(rows), *notes])); print(f'Wrote {out}/report.html in {time.time()-begin:.0f} seconds')
     return rows
 
 # %% ../nbs/11_run.ipynb #49327ec6
