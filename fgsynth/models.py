@@ -210,14 +210,15 @@ def load_encoder(
 
 # %% ../nbs/03_models.ipynb #de57a6d9
 class MLPHead(nn.Sequential):
-    "A perceptron (B, d_in) to (B, d_out): `n_layers` linear layers with ReLU between them"
+    "A perceptron (B, d_in) to (B, d_out): `n_layers` linear layers with an activation between them"
     def __init__(self,
         d_in:int, # Features that come in
         d_hidden:int, # Width of the hidden layers
         d_out:int, # Width of the output
-        n_layers:int=2, # Linear layers: 2 in MoCo v2 (Chen et al. 2020), 3 in SimSiam's projector (Chen and He 2021)
+        n_layers:int=2, # Linear layers: 2 in MoCo v2 (Chen et al. 2020), 3 in SimSiam's projector (Chen and He 2021) and in DINO's
         bn:bool=False, # Batch norm after every hidden layer, as SimSiam has it
         last_bn:bool=False, # Batch norm without affine parameters after the last layer: SimSiam's projector
+        act=nn.ReLU, # Activation; `nn.GELU` in DINO's head
     ):
         dims,layers = [d_in] + [d_hidden]*(n_layers-1) + [d_out], []
         for i,(a,b) in enumerate(zip(dims, dims[1:])):
@@ -225,7 +226,7 @@ class MLPHead(nn.Sequential):
             has_bn = last_bn if last else bn
             layers.append(nn.Linear(a, b, bias=not has_bn))
             if has_bn: layers.append(nn.BatchNorm1d(b, affine=not last))
-            if not last: layers.append(nn.ReLU(inplace=True))
+            if not last: layers.append(nn.ReLU(inplace=True) if act is nn.ReLU else act())
         super().__init__(*layers)
 
 # %% ../nbs/03_models.ipynb #a8529c56
