@@ -15,6 +15,9 @@ from .models import *
 from .losses import *
 from .perturb import *
 from .ssl import *
+from .simclr import *
+from .byol import *
+from .dino import *
 from .synth import *
 from .evaluate import *
 from .show import *

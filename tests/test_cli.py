@@ -1,5 +1,6 @@
 "The commands as a user meets them: what goes right, and the one sentence for what goes wrong"
 import json, subprocess, sys
+from itertools import product
 from pathlib import Path
 import pytest, torch
 from PIL import Image
@@ -51,9 +52,8 @@ def test_flat_folder_trains_but_cannot_be_evaluated(photos, tmp_path, monkeypatc
     with pytest.raises(SystemExit) as e: call(monkeypatch, 'fgsynth_eval', tmp_path/'run')
     assert 'no labels' in str(e.value)
 
-@pytest.mark.parametrize('method', ['simsiam','mocov2'])
-@pytest.mark.parametrize('synth', run.synth_modes)
-def test_every_method_and_mode(method, synth, photos, tmp_path, monkeypatch):
+@pytest.mark.parametrize('synth,method', [*product(run.synth_modes, ['simsiam','mocov2']), *product(['both'], sorted(set(run.methods)-{'simsiam','mocov2'}))])
+def test_every_method_and_mode(synth, method, photos, tmp_path, monkeypatch):
     call(monkeypatch, 'fgsynth_train', '--data', photos, *small, '--method', method, '--synth', synth, '--out', tmp_path/'run')
     assert (tmp_path/'run/synth.safetensors').exists() == (synth in (*MODES, 'within'))
 
