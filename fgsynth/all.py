@@ -23,5 +23,6 @@ from .evaluate import *
 from .show import *
 from .explore import *
 from .own import *
+from .export import *
 
 __all__ = [n for n in globals() if not n.startswith('_')]
