@@ -364,7 +364,7 @@ def ssl_learner(
     if method is None: method = MoCoV2()
     elif isinstance(method, str): method = methods[check_name(method, methods, 'method')]()
     elif isinstance(method, type): method = method()
-    encoder = arch if isinstance(arch, Encoder) else create_encoder(arch, pretrained, weights, size=_fixed_size(arch, dls.size))
+    encoder = arch if isinstance(arch, Encoder) else create_encoder(arch, pretrained, weights, size=dls.size)
     model = method.build(encoder, dls)
     model.frozen_bn = bool(pretrained or weights) if frozen_bn is None else frozen_bn
     if channels_last: model.to(memory_format=torch.channels_last)
@@ -380,7 +380,6 @@ def ssl_learner(
     return learn
 
 def _ssl_splitter(model): return get_model(model).param_groups()
-def _fixed_size(arch, size): return size if isinstance(arch, str) and 'vit' in arch else None
 
 # %% ../nbs/06_ssl.ipynb #c13ca002
 @patch
