@@ -41,7 +41,7 @@ setuptools.setup(
     packages = setuptools.find_packages(include=[cfg['lib_name']+'*']),
     include_package_data = True,
     install_requires = shlex.split(cfg.get('requirements', '')),
-    extras_require = {o: cfg.get(f'{o}_requirements', '').split() for o in ('dev','lite')},
+    extras_require = {o: cfg.get(f'{o}_requirements', '').split() for o in ('dev','lite','onnx')},
     python_requires = '>=' + min_python,
     long_description = readme,
     long_description_content_type = 'text/markdown',

@@ -16,11 +16,15 @@ from .losses import *
 from .perturb import *
 from .health import *
 from .ssl import *
+from .simclr import *
+from .byol import *
+from .dino import *
 from .synth import *
 from .evaluate import *
 from .show import *
 from .explore import *
 from .resume import *
 from .own import *
+from .export import *
 
 __all__ = [n for n in globals() if not n.startswith('_')]

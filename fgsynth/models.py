@@ -93,17 +93,23 @@ def fast_depthwise(
 
 # %% ../nbs/03_models.ipynb #9fc16234
 def _torchvision_body(arch, pretrained, size):
-    kw = dict(image_size=size) if size and 'vit_' in arch else {}
+    size = size if arch.startswith('vit_') else None
     weights = ('DEFAULT' if pretrained is True else pretrained) if pretrained else None
-    return *cut_head(torchvision.models.get_model(arch, weights=weights, **kw)), *IMAGENET_STATS
+    try: net = torchvision.models.get_model(arch, weights=weights, **(dict(image_size=size) if size else {}))
+    except (AssertionError, ValueError) as e:
+        if not size: raise
+        raise InputError(f"torchvision's {arch} cannot take {size} pixels ({e}): choose another size, or one of timm's ViTs, whose weights fit every size.") from None
+    return *cut_head(net), *IMAGENET_STATS, size
 
 def _timm_body(arch, pretrained, size):
     import timm
-    kw = dict(num_classes=0)
-    try: net = timm.create_model(arch, pretrained=bool(pretrained), **kw, **(dict(img_size=size) if size else {}))
-    except TypeError: net = timm.create_model(arch, pretrained=bool(pretrained), **kw) # a body of any size
+    fixed = size and getattr(timm.get_pretrained_cfg(arch, allow_unregistered=True), 'fixed_input_size', False) # ViT, Swin, mixers ...
+    net = timm.create_model(arch, pretrained=bool(pretrained), num_classes=0, **(dict(img_size=size) if fixed else {}))
+    patch = getattr(getattr(net, 'patch_embed', None), 'patch_size', (1,))[0]
+    if fixed and size%patch:
+        raise InputError(f"{arch} cuts images into patches of {patch} pixels, and {size} is not a multiple of it: take images of {max(1, round(size/patch))*patch} pixels.")
     cfg = net.pretrained_cfg
-    return net, num_features(net, size or cfg['input_size'][-1]), cfg['mean'], cfg['std']
+    return net, num_features(net, size or cfg['input_size'][-1]), cfg['mean'], cfg['std'], size if fixed else None
 
 def _lite0_body(arch, pretrained, size):
     net = _timm_body('tf_efficientnet_lite0', False, size)[0]
@@ -115,7 +121,7 @@ def _lite0_body(arch, pretrained, size):
         sd = [v for k,v in sd.items() if not k.startswith('_fc.') and not k.endswith('num_batches_tracked')]
         names = [k for k in net.state_dict() if not k.endswith('num_batches_tracked')]
         net.load_state_dict(dict(zip(names, sd, strict=True)), strict=False)
-    return net, 1280, (.498,)*3, (.502,)*3
+    return net, 1280, (.498,)*3, (.502,)*3, None
 
 def _archs():
     import timm
@@ -148,18 +154,18 @@ def load_weights(
 
 # %% ../nbs/03_models.ipynb #946163d9
 def create_encoder(
-    arch='resnet18', # Name known to torchvision or timm ('timm/name' asks for timm's), or a classifier `nn.Module` of your own
+    arch='resnet18', # Name known to torchvision or timm ('timm/name' asks for timm's, 'name.tag' for one of its sets of weights), or a classifier `nn.Module` of your own
     pretrained=False, # True: the library's best ImageNet weights; or the name of torchvision weights (the paper's start is 'IMAGENET1K_V1')
     weights=None, # Path of a local file with weights, used in place of `pretrained`
-    size:int=None, # Image height and width, needed only by networks of fixed size (ViT)
+    size:int=None, # Image height and width; only networks of a fixed size (ViT, Swin) look at it, and keep it as `size`
 )->Encoder: # Encoder whose `num_features` is d
     "An encoder by name, from random, pretrained or local weights"
-    if isinstance(arch, nn.Module): body,d,mean,std,name = *cut_head(arch), *IMAGENET_STATS, ''
+    if isinstance(arch, nn.Module): body,d,mean,std,size,name = *cut_head(arch), *IMAGENET_STATS, size, ''
     else:
         lib,_,name = arch.rpartition('/')
-        check_name(name, _archs(), 'architecture')
+        check_name(name.split('.')[0], _archs(), 'architecture')
         make = _lite0_body if arch=='lite0' else _torchvision_body if lib!='timm' and name in torchvision.models.list_models(module=torchvision.models) else _timm_body
-        try: body,d,mean,std = make(name, pretrained and not weights, size)
+        try: body,d,mean,std,size = make(name, pretrained and not weights, size)
         except (OSError, RuntimeError) as e:
             if not pretrained or weights: raise
             raise InputError(f"The ImageNet weights of {name!r} could not be downloaded ({type(e).__name__}): connect to the network once, "
@@ -210,14 +216,15 @@ def load_encoder(
 
 # %% ../nbs/03_models.ipynb #de57a6d9
 class MLPHead(nn.Sequential):
-    "A perceptron (B, d_in) to (B, d_out): `n_layers` linear layers with ReLU between them"
+    "A perceptron (B, d_in) to (B, d_out): `n_layers` linear layers with an activation between them"
     def __init__(self,
         d_in:int, # Features that come in
         d_hidden:int, # Width of the hidden layers
         d_out:int, # Width of the output
-        n_layers:int=2, # Linear layers: 2 in MoCo v2 (Chen et al. 2020), 3 in SimSiam's projector (Chen and He 2021)
+        n_layers:int=2, # Linear layers: 2 in MoCo v2 (Chen et al. 2020), 3 in SimSiam's projector (Chen and He 2021) and in DINO's
         bn:bool=False, # Batch norm after every hidden layer, as SimSiam has it
         last_bn:bool=False, # Batch norm without affine parameters after the last layer: SimSiam's projector
+        act=nn.ReLU, # Activation; `nn.GELU` in DINO's head
     ):
         dims,layers = [d_in] + [d_hidden]*(n_layers-1) + [d_out], []
         for i,(a,b) in enumerate(zip(dims, dims[1:])):
@@ -225,7 +232,7 @@ class MLPHead(nn.Sequential):
             has_bn = last_bn if last else bn
             layers.append(nn.Linear(a, b, bias=not has_bn))
             if has_bn: layers.append(nn.BatchNorm1d(b, affine=not last))
-            if not last: layers.append(nn.ReLU(inplace=True))
+            if not last: layers.append(nn.ReLU(inplace=True) if act is nn.ReLU else act())
         super().__init__(*layers)
 
 # %% ../nbs/03_models.ipynb #a8529c56

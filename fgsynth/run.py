@@ -13,6 +13,7 @@ from fastai.basics import *
 from fastai.callback.schedule import *
 from fastai.callback.progress import ProgressCallback
 import fgsynth
+from . import byol, dino, simclr # they enter themselves in `methods`
 from .core import InputError, check_name
 from .data import Items, get_dataset, labelled_dls, ssl_dls
 from .finches import SPECIES, draw_finches
@@ -188,7 +189,7 @@ def train(
     arch:str='resnet18', # Encoder: any classifier of torchvision or timm
     size:int=64, # Height and width of the images in pixels, 32 or more
     bs:int=128, # Images in a batch
-    method:str='mocov2', # Self-supervised method: mocov2 or simsiam
+    method:str='mocov2', # Self-supervised method: mocov2, simsiam, simclr, byol or dino
     synth:str='both', # Synthesized pairs: none, both (the method of the paper), cam, low_var or random; controls: reconstruction, jitter, views, and within, which looks at the labels
     epochs:int=5, # Passes over the training images
     pretrain_epochs:int=10, # Passes of the decoder before that, with the encoder frozen
@@ -199,7 +200,7 @@ def train(
     tau:float=0.905, # Threshold of low variance, in units of one over the root of the number of features
     lam:float=0.5, # Weight of the pair loss
     beta:float=0., # Weight of the reconstruction error (0.5 in the paper)
-    momentum:float=0.999, # Of MoCo's key encoder; less for runs of a few hundred steps
+    momentum:float=0.999, # Of MoCo's key encoder; less for runs of a few hundred steps. Other methods keep their own
     target:str='-loss', # What Grad-CAM explains: -loss, loss or abs
     norm:str='min_max', # How scores are scaled: min_max (the paper's), batch, quantile, log or rank
     absolute:store_true=False, # Take both sigmas in the units of the features, as the paper does

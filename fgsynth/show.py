@@ -15,13 +15,16 @@ from safetensors.torch import load_file, save_file
 from .core import InputError, check_name
 from .augment import Views
 from .evaluate import features, nearest
-from .losses import info_nce, neg_cosine
+from .losses import distill, info_nce, neg_cosine
 from .data import float_images
 from .models import Decoder, Encoder, create_encoder, eval_mode, read_info
 from .perturb import cam_scores, low_variance, min_max, noise_std, normalize, perturb
-from .ssl import MoCoModel, SimSiamModel
+from .dino import Prototypes
 
 # %% ../nbs/09_show.ipynb #1e43f9e4
+_losses = dict(info_nce=lambda q,k,negatives,t: info_nce(q, k, negatives, t, reduction='sum'), neg_cosine=lambda q,k,*_: neg_cosine(q, k, 'sum'),
+               distill=lambda q,k,centre,t: distill(q, k, centre, *t, 'sum'))
+
 class Synthesizer(nn.Module):
     "Makes synthesized pairs of given images, repeatably"
     def __init__(self,
@@ -31,9 +34,11 @@ class Synthesizer(nn.Module):
         key_head:nn.Module=None, # Features to the embeddings that answer; by default `head`
         v=None, # Standard deviation (d,) of each normalised feature dimension, from a bank
         unit=1., # Spread of the raw features, from a bank
-        negatives=None, # Embeddings (K, m) to contrast with; without them the loss is the negative cosine
+        negatives=None, # Embeddings (K, m) to contrast with; for 'distill' the centre (1, K)
         mode='both', sigma_cam=3., sigma_var=3., tau=0.905, target='-loss', # Defaults of `__call__`
         norm='min_max', # How scores are scaled (`normalize`)
+        loss=None, # What is explained: 'info_nce', 'neg_cosine' or 'distill'; by default the first where there are negatives, else the second
+        temperature=0.2, # Of that loss; for 'distill' student's and teacher's
     ):
         super().__init__()
         self.encoder,self.decoder,self.head = encoder,decoder,head
@@ -43,7 +48,7 @@ class Synthesizer(nn.Module):
         self.register_buffer('unit', torch.as_tensor(unit, dtype=torch.float32).clone())
         self.register_buffer('negatives', torch.zeros(0, 1) if negatives is None else negatives.detach().clone())
         self.defaults = dict(mode=mode, sigma_cam=float(sigma_cam), sigma_var=float(sigma_var), tau=float(tau), target=target)
-        self.norm = norm
+        self.norm,self.loss,self.temperature = norm,loss or ('info_nce' if len(self.negatives) else 'neg_cosine'),temperature
         self.eval()
 
     @property
@@ -56,8 +61,7 @@ class Synthesizer(nn.Module):
             with torch.no_grad(): key = self.key_head(self.encoder(Views(self.size, 1)(x)[0]))
         z = z.detach().float().requires_grad_()
         with torch.enable_grad():
-            q = self.head(z)
-            loss = info_nce(q, key, self.negatives, reduction='sum') if len(self.negatives) else neg_cosine(q, key, 'sum')
+            loss = _losses[self.loss](self.head(z), key, self.negatives, self.temperature)
             return normalize(cam_scores(loss, z, target), self.norm)
 
     def forward(self,
@@ -86,18 +90,16 @@ class Synthesizer(nn.Module):
         bank,cb = getattr(net, 'bank', None),getattr(learn, 'perturb', None)
         kw = dict(mode=cb.mode, sigma_cam=cb.sigma_cam, sigma_var=cb.sigma_var, tau=cb.threshold()*bank.d**.5, target=cb.target, norm=cb.norm) if cb else {}
         unit = 1. if bank is None or cb and not cb.relative else bank.unit()
-        head,key = net.projector,None
-        if isinstance(net, SimSiamModel): head,key = nn.Sequential(*net.projector, *net.predictor),net.projector
-        negatives = net.queue[:1024] if isinstance(net, MoCoModel) else None
-        if isinstance(net, MoCoModel): key = nn.Sequential(*net.key_projector)
-        return deepcopy(cls(net.encoder, net.decoder, head, key, None if bank is None else bank.std(), unit, negatives, **kw))
+        others = torch.zeros(0, 1) if bank is None else (bank.feats*bank.norms[:,None])[:min(len(bank), 1024)]
+        with torch.no_grad(), eval_mode(net): kw.update(learn.ssl.explained(others))
+        return deepcopy(cls(net.encoder, net.decoder, v=None if bank is None else bank.std(), unit=unit, **kw))
 
     def save(self, path, **info):
         "Write everything to one `.safetensors` file"
         if not (self.encoder.arch and isinstance(self.decoder, Decoder)):
             raise InputError("Only an encoder made by name and fgsynth's own decoder can be saved: save others as state dicts.")
         meta = dict(arch=self.encoder.arch, size=self.encoder.size, num_features=self.encoder.num_features, decoder=[getattr(self.decoder, n) for n in ('d','size','width','grid','draw')],
-                    heads={n:_describe(getattr(self, n)) for n in ('head','key_head')}, norm=self.norm, **self.defaults)
+                    heads={n:_describe(getattr(self, n)) for n in ('head','key_head')}, norm=self.norm, loss=self.loss, temperature=self.temperature, **self.defaults)
         sd = {k:v.detach().contiguous().clone() for k,v in self.state_dict().items()}
         path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
         save_file(sd, path, metadata={'fgsynth':json.dumps(dict(meta, info=info))})
@@ -113,7 +115,7 @@ class Synthesizer(nn.Module):
             heads = [_rebuild(m['heads'][n]) for n in ('head','key_head')]
         except Exception: raise InputError(f"{str(path)!r} was not written by Synthesizer.save, or is damaged: train the run again.") from None
         self = cls(create_encoder(m['arch'], size=m['size']), Decoder(*m['decoder']), *heads, sd['v'], sd['unit'], sd['negatives'],
-                   **{k:m[k] for k in ('mode','sigma_cam','sigma_var','tau','target','norm')})
+                   **{k:m[k] for k in ('mode','sigma_cam','sigma_var','tau','target','norm','loss','temperature') if k in m})
         self.load_state_dict(sd)
         self.to(memory_format=torch.channels_last)
         self.info = m['info']
@@ -122,14 +124,15 @@ class Synthesizer(nn.Module):
 def _describe(head):
     "A head as a list of layers that JSON can hold"
     def one(m):
+        if isinstance(m, Prototypes): return ['prototypes', m.in_features, m.out_features]
         if isinstance(m, nn.Linear): return ['linear', m.in_features, m.out_features, m.bias is not None]
         if isinstance(m, nn.BatchNorm1d): return ['bn', m.num_features, m.affine]
-        if isinstance(m, nn.ReLU): return ['relu']
+        if isinstance(m, (nn.ReLU, nn.GELU)): return [type(m).__name__.lower()]
         raise InputError(f"A head with a {type(m).__name__} cannot be saved: use MLPHead.")
     return [one(m) for m in head]
 
 def _rebuild(desc):
-    make = dict(linear=lambda i,o,b: nn.Linear(i, o, bias=b), bn=lambda n,a: nn.BatchNorm1d(n, affine=a), relu=nn.ReLU)
+    make = dict(linear=lambda i,o,b: nn.Linear(i, o, bias=b), bn=lambda n,a: nn.BatchNorm1d(n, affine=a), relu=nn.ReLU, gelu=nn.GELU, prototypes=Prototypes)
     return nn.Sequential(*[make[k](*args) for k,*args in desc])
 
 @patch

@@ -1,9 +1,10 @@
 "The commands as a user meets them: what goes right, and the one sentence for what goes wrong"
 import json, subprocess, sys
+from itertools import product
 from pathlib import Path
 import pytest, torch
 from PIL import Image
-from fgsynth import run, table
+from fgsynth import export, run, table
 from fgsynth.finches import finches
 from fgsynth.models import load_encoder
 from fgsynth.perturb import MODES
@@ -13,7 +14,7 @@ small = '--size 32 --bs 16 --epochs 1 --pretrain_epochs 1 --decoder_width 8 --ar
 def call(monkeypatch, command, *args):
     "Run a command in this process, as its console script would"
     monkeypatch.setattr(sys, 'argv', [command, *map(str, args)])
-    getattr(table if command=='fgsynth_table' else run, command)()
+    getattr(dict(fgsynth_table=table, fgsynth_export=export).get(command, run), command)()
 
 @pytest.fixture(scope='module')
 def photos(tmp_path_factory):
@@ -44,6 +45,18 @@ def test_own_folder(trained, photos, monkeypatch, capsys):
     table = capsys.readouterr().out
     assert 'mAP' in table and (trained/'metrics.csv').exists()
 
+def test_export(trained, monkeypatch, tmp_path, capsys):
+    x,enc = torch.rand(3,3,32,32),load_encoder(trained/'encoder.safetensors')
+    call(monkeypatch, 'fgsynth_export', trained, '--format', 'exported', '--out', tmp_path/'new/e.pt2')
+    with torch.no_grad(): assert torch.allclose(torch.export.load(tmp_path/'new/e.pt2').module()(x), enc(x), atol=1e-4)
+    call(monkeypatch, 'fgsynth_export', trained, '--out', tmp_path/'e.pth')
+    import timm
+    timm.create_model('test_byobnet', num_classes=0).load_state_dict(torch.load(tmp_path/'e.pth', weights_only=True), strict=True)
+    assert 'e.pth' in capsys.readouterr().out
+    for args,words in (([trained,'--format','onxx'], "did you mean 'onnx'"), ([tmp_path], 'no finished run'), ([trained,'--out',trained/'encoder.safetensors'], "run's own")):
+        with pytest.raises(SystemExit) as e: call(monkeypatch, 'fgsynth_export', *args)
+        assert words in str(e.value)
+
 def test_flat_folder_trains_but_cannot_be_evaluated(photos, tmp_path, monkeypatch):
     flat = tmp_path/'flat'; flat.mkdir()
     for i,f in enumerate(sorted(photos.glob('*/*.png'))): (flat/f'{i}.png').write_bytes(f.read_bytes())
@@ -51,9 +64,8 @@ def test_flat_folder_trains_but_cannot_be_evaluated(photos, tmp_path, monkeypatc
     with pytest.raises(SystemExit) as e: call(monkeypatch, 'fgsynth_eval', tmp_path/'run')
     assert 'no labels' in str(e.value)
 
-@pytest.mark.parametrize('method', ['simsiam','mocov2'])
-@pytest.mark.parametrize('synth', run.synth_modes)
-def test_every_method_and_mode(method, synth, photos, tmp_path, monkeypatch):
+@pytest.mark.parametrize('synth,method', [*product(run.synth_modes, ['simsiam','mocov2']), *product(['both'], sorted(set(run.methods)-{'simsiam','mocov2'}))])
+def test_every_method_and_mode(synth, method, photos, tmp_path, monkeypatch):
     call(monkeypatch, 'fgsynth_train', '--data', photos, *small, '--method', method, '--synth', synth, '--out', tmp_path/'run')
     assert (tmp_path/'run/synth.safetensors').exists() == (synth in (*MODES, 'within'))
 
