@@ -10,7 +10,7 @@ from fastai.basics import *
 from .augment import Views, ViewSet
 from .losses import neg_cosine
 from .models import MLPHead, num_features
-from .ssl import SSLMethod, SSLModel, methods, rising
+from .ssl import SSLMethod, SimSiamModel, methods, rising
 
 # %% ../nbs/06_byol.ipynb #c1b46f7c
 def byol_views(
@@ -23,17 +23,15 @@ def byol_views(
     return ViewSet(Views(size, 1, **{**both, **dict(p_blur=1.), **kw}), Views(size, 1, **{**both, **dict(p_blur=.1, p_solar=.2), **kw}))
 
 # %% ../nbs/06_byol.ipynb #b50f6060
-class BYOLModel(SSLModel):
-    "Encoder, projector and predictor, and slow copies of the first two; returns predictions and targets of two views"
-    heads = ('projector','predictor')
+class BYOLModel(SimSiamModel):
+    "SimSiam's encoder, projector and predictor, and slow copies of the first two; returns predictions and targets of two views"
     def __init__(self,
         encoder:nn.Module, # f
         projector:nn.Module, # g
         predictor:nn.Module, # q
         frozen_bn:bool=False, # See `SSLModel`
     ):
-        super().__init__(encoder, projector, frozen_bn)
-        self.predictor = predictor
+        super().__init__(encoder, projector, predictor, frozen_bn)
         self.slow_copies('encoder', 'projector')
 
     def forward(self, v1, v2):

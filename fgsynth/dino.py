@@ -23,7 +23,7 @@ def dino_views(
     **kw, # Passed to all `Views`: `flip=0` for traffic signs
 )->ViewSet:
     "The views of DINO (`DataAugmentationDINO` in the released main_dino.py)"
-    every = dict(flip=.5, jitter=(.4,.4,.2,.1), p_jitter=.8, p_grey=.2, blur=(.1,2.), **kw)
+    every = dict(flip=.5, jitter=(.4,.4,.2,.1), p_jitter=.8, p_grey=.2, blur=(.1,2.))
     scale,local_size = scale or ((.4,1.) if n_local else (.14,1.)),local_size or min(size, max(32, round(size*96/224)))
     large = Views(size, 1, scale, **{**every, **dict(p_blur=1.), **kw}), Views(size, 1, scale, **{**every, **dict(p_blur=.1, p_solar=.2), **kw})
     return ViewSet(*large, *([Views(local_size, n_local, local_scale, **{**every, **dict(p_blur=.5), **kw})] if n_local else []))

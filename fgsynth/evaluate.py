@@ -206,6 +206,18 @@ def retrieval(
     return dict(rank1=r[0], rank5=r[1], map=r[2], queries=n, skipped=len(z)-n)
 
 # %% ../nbs/08_evaluate.ipynb #6b4ffb86
+def _vote(
+    q:Tensor, # (Q, d) queries of length 1
+    g:Tensor, # (N, d) labelled features of length 1
+    y:Tensor, # (N,) their labels
+    c:int, # Number of classes
+    k:int, # Neighbours that vote
+    temperature:float, # Of their weights
+)->Tensor: # (Q, c); the nearest neighbour's weight is 1
+    "The weighted vote of the nearest labelled features"
+    s,i = (q@g.T).topk(min(k, len(g)), 1)
+    return s.new_zeros(len(q), c).scatter_add_(1, y[i], torch.exp((s-s[:,:1])/temperature))
+
 @torch.no_grad()
 def knn(
     z:Tensor, # (N, d) training features
@@ -222,9 +234,7 @@ def knn(
     g,c = F.normalize(z.double(), dim=1), int(max(y.max(), y_test.max()))+1
     hits = 0
     for q,t in zip(z_test.to(z.device).split(bs), y_test.to(z.device).split(bs)):
-        s,i = (F.normalize(q.double(), dim=1)@g.T).topk(min(k, len(z)), 1)
-        votes = s.new_zeros(len(q), c).scatter_add_(1, y[i], torch.exp((s-s[:,:1])/temperature))
-        hits += int((votes.argmax(1)==t).sum())
+        hits += int((_vote(F.normalize(q.double(), dim=1), g, y, c, k, temperature).argmax(1)==t).sum())
     return 100*hits/len(z_test)
 
 # %% ../nbs/08_evaluate.ipynb #03d9ab3c

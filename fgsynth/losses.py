@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 # %% ../nbs/04_losses.ipynb #3bdbc6cf
 def _unit(x): return F.normalize(x.float(), dim=-1)
+def _reduce(l, how): return l.mean() if how=='mean' else l.sum() if how=='sum' else l
 
 # %% ../nbs/04_losses.ipynb #698ffd23
 def info_nce(
@@ -51,7 +52,7 @@ def neg_cosine(
     "Minus the cosine between prediction and projection (SimSiam, Eq. 1)"
     with torch.autocast(p.device.type, enabled=False):
         l = -(_unit(p)*_unit(z.detach())).sum(-1)
-    return l.mean() if reduction=='mean' else l.sum() if reduction=='sum' else l
+    return _reduce(l, reduction)
 
 # %% ../nbs/04_losses.ipynb #a95f1dd2
 def distill(
@@ -66,4 +67,4 @@ def distill(
     with torch.autocast(q.device.type, enabled=False):
         target = ((k.detach().float() - centre)/key_temperature).softmax(-1)
         l = -(target * (q.float()/temperature).log_softmax(-1)).sum(-1)
-    return l.mean() if reduction=='mean' else l.sum() if reduction=='sum' else l
+    return _reduce(l, reduction)

@@ -17,9 +17,9 @@ from fastai.torch_core import default_device
 from fastcore.basics import ifnone
 from .core import InputError, check_name
 from .data import _bad_note, _need_images, _several, decode_image, get_dataset, load_images, read_labels
-from .evaluate import features, fit_probe
+from .evaluate import _vote, features, fit_probe
 from .models import load_encoder
-from .run import _cli
+from .run import _cli, _run_info
 
 # %% ../nbs/14_own.ipynb #6ca0c416
 class ImageIndex:
@@ -58,13 +58,6 @@ class ImageIndex:
         return v,j
 
 # %% ../nbs/14_own.ipynb #b503bbbc
-def _run_info(run):
-    "Settings of a finished run"
-    run = Path(run)
-    if not ((run/'settings.json').is_file() and (run/'encoder.safetensors').is_file()):
-        raise InputError(f"There is no finished run in {str(run)!r}: train one with fgsynth_train --out {run}.")
-    return json.loads((run/'settings.json').read_text(encoding='utf-8'))
-
 def _run_files(run, data=None, path=None):
     "The image files of a run, and the folder that they lie in"
     s = _run_info(run)
@@ -184,12 +177,9 @@ def _draw(query, found, out, side=128, cols=6):
 
 # %% ../nbs/14_own.ipynb #c7bf4516
 def _votes(z, y, n_classes, k=10, temperature=0.07):
-    "Log of the weighted vote of the most similar labelled images, as `knn` of the evaluate room has it"
+    "Log of the weighted vote of the most similar labelled images, as `knn` counts it"
     g = F.normalize(z, dim=1)
-    def f(q):
-        s,i = (F.normalize(q, dim=1)@g.T).topk(min(k, len(g)), 1)
-        return s.new_zeros(len(q), n_classes).scatter_add_(1, y[i], ((s-s[:,:1])/temperature).exp()).clamp(min=1e-3).log()
-    return f
+    return lambda q: _vote(F.normalize(q, dim=1), g, y, n_classes, k, temperature).clamp(min=1e-3).log()
 
 classifiers = dict(probe=lambda z,y,n: fit_probe(z, y, n), knn=_votes)
 

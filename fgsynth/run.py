@@ -275,6 +275,12 @@ def _items(data, path, size, cache_dir=None):
     if data=='finches' and path is None: return get_dataset('finches', size=size)
     return get_dataset(data, path, cache_dir)
 
+def _run_info(run):
+    "Settings of a run that has an encoder"
+    run = Path(run)
+    if not ((run/'settings.json').is_file() and (run/'encoder.safetensors').is_file()): raise InputError(f"There is no finished run in {str(run)!r}: train one with fgsynth_train --out {run}.")
+    return _read_json(run/'settings.json')
+
 def _neighbours(encoder, items, size, out):
     "The picture of neighbours, as a file"
     if len(items.test)>8: _save(show_retrieval(*find_neighbours(encoder, items, size)), out/'retrieval.png')
@@ -298,9 +304,7 @@ def evaluate_run(
     seed:int=0, # Chooses the labelled images of the 50 and 20 % probes
 )->dict: # The row that was written to metrics.csv
     "Measure a run's encoder by linear probe (100, 50, 20 % of the labels) and retrieval"
-    run = Path(run)
-    if not ((run/'settings.json').is_file() and (run/'encoder.safetensors').is_file()): raise InputError(f"There is no finished run in {str(run)!r}: train one with fgsynth_train --out {run}.")
-    s = _read_json(run/'settings.json')
+    run,s = Path(run),_run_info(run)
     if 'seconds' not in s: raise InputError(f"The run in {str(run)!r} is not complete: go on with it by fgsynth_train --resume.")
     if data is None: data,path = s['data'],path or s['path']
     items = _items(data, path, s['size'])

@@ -1,4 +1,5 @@
 import os, sys
+from importlib.metadata import entry_points
 from pathlib import Path
 import pytest
 
@@ -8,6 +9,11 @@ sys.path.insert(0, str(root/'tools'))
 # Tests read the project's settings and relative paths from the repository's top, wherever pytest was started
 @pytest.fixture(autouse=True)
 def at_top(monkeypatch): monkeypatch.chdir(root)
+
+def call(monkeypatch, command, *args):
+    "Run a command in this process, as its console script would"
+    monkeypatch.setattr(sys, 'argv', [command, *map(str, args)])
+    next(iter(entry_points(group='console_scripts', name=command))).load()()
 
 @pytest.fixture
 def py():

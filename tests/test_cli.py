@@ -4,17 +4,13 @@ from itertools import product
 from pathlib import Path
 import pytest, torch
 from PIL import Image
-from fgsynth import export, run, table
+from conftest import call
+from fgsynth import run, table
 from fgsynth.finches import finches
 from fgsynth.models import load_encoder
 from fgsynth.perturb import MODES
 
 small = '--size 32 --bs 16 --epochs 1 --pretrain_epochs 1 --decoder_width 8 --arch timm/test_byobnet'.split()
-
-def call(monkeypatch, command, *args):
-    "Run a command in this process, as its console script would"
-    monkeypatch.setattr(sys, 'argv', [command, *map(str, args)])
-    getattr(dict(fgsynth_table=table, fgsynth_export=export).get(command, run), command)()
 
 @pytest.fixture(scope='module')
 def photos(tmp_path_factory):

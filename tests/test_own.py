@@ -1,15 +1,12 @@
 "An own folder from the shell: train without labels, search, label the rest; and what was wrong, in one sentence"
-import csv, json, re, sys
+import csv, json, re
 import pytest
 from PIL import Image
-from fgsynth import check, own, run
+from conftest import call
+from fgsynth import own
 from fgsynth.finches import finches
 
 small = '--size 32 --bs 16 --epochs 1 --synth none --arch timm/test_byobnet'.split()
-
-def call(monkeypatch, command, *args):
-    monkeypatch.setattr(sys, 'argv', [command, *map(str, args)])
-    next(getattr(m, command) for m in (run, own, check) if hasattr(m, command))()
 
 @pytest.fixture(scope='module')
 def photos(tmp_path_factory):

@@ -31,6 +31,7 @@ def test_saved_outputs_are_small(nb):
     "Less than 1 MB in one notebook, so that the repository stays small"
     n = len(json.dumps([c.get('outputs',[]) for c in cells(nb)]))
     assert n < 1_000_000, f'{n/1e6:.1f} MB of saved outputs'
+    assert 'widgets' not in json.loads(nb.read_text(encoding='utf-8'))['metadata'], 'the state of widgets was saved, which no page shows'
 
 @each_nb
 def test_no_errors_saved(nb):
@@ -211,7 +212,7 @@ def test_links_to_symbols(site):
     "Names in backticks lead to pages and entries that exist"
     made = {re.search(r'output-file: (\S+)', source(cells(o)[0]))[1] for o in site.rglob('*.ipynb') if 'output-file' in source(cells(o)[0])}
     entries = {v[0] for mod in modidx['syms'].values() for v in mod.values()}
-    base = f"https://{cfg['user']}.github.io/{cfg['lib_name']}/" if '%' in cfg['doc_host'] else f"{cfg['doc_host']}/{cfg['lib_name']}/"
+    base = f"{cfg['doc_host']}{cfg['doc_baseurl']}/"
     found = {m for o in site.rglob('*.ipynb') for c in cells(o) for m in re.findall(re.escape(base)+r'(\w+\.html#[\w.]+)', source(c))}
     assert len(found)>50
     assert not [o for o in found if o.split('#')[0] not in made or o not in entries], found

@@ -52,7 +52,7 @@ def markdown(src, nb_dir, lookup):
 def html(s):
     "Saved HTML as far as GitHub shows it: tables and pictures stay, styles and progress bars go, and so do pages that need a script"
     if '<script' in s: return ''
-    s = re.sub(r'(?s)<!--.*?-->|<(style)\b.*?</\1>', '', s)
+    s = re.sub(r'(?s)<!--.*?-->|<style\b.*?</style>', '', s)
     s = re.sub(r'(?s)<(div|p)\b[^>]*>\s*<progress.*?</\1>', '', s)
     if not re.search(r'<(table|img|svg)\b', s): return ''
     return '\n'.join(l.strip() for l in s.splitlines() if l.strip())
