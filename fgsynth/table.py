@@ -31,6 +31,7 @@ _cpu = dict(arch='lite0', pretrained=True, size=64, bs=64, epochs=3, lr=.006, he
 presets = dict(
     cpu = _cpu,
     drawing = dict(_cpu, pretrain_epochs=30, decoder_grid=16),
+    scratch = dict(_cpu, arch='timm/test_byobnet', pretrained=False, frozen_bn=0, size=48, epochs=30, lr=.03, head_mult=1., pretrain_epochs=10, update='own'),
     paper = dict(arch='resnet50', pretrained='IMAGENET1K_V1', size=224, bs=128, epochs=100, lr=.03, head_mult=1., momentum=.999, frozen_bn=0,
         pretrain_epochs=200, absolute=True, **{k:v for k,v in PAPER.items() if k!='relative'}),
     smoke = dict(arch='timm/test_byobnet', size=32, bs=32, epochs=1, lr=.001, pretrain_epochs=1, decoder_width=8, momentum=.99),
@@ -41,6 +42,7 @@ def _vary(name, *values, **fixed): return [{name:v, **fixed} for v in values]
 
 experiments = dict(
     tuning = [dict(synth=s, lr=l) for s in ('none','both','views') for l in (.0025, .004, .006, .01)],
+    simsiam_tuning = _vary('lr', .0025, .006, .01, .02, method='simsiam', synth='none'),
     start = [dict(synth='none', epochs=0)],
     headline = [*_vary('synth', 'none', 'both', 'cam', 'low_var', 'random'), dict(synth='none', lr=.01)],
     controls = [*_vary('synth', 'none', 'views', 'jitter', 'random', 'both'), dict(synth='reconstruction', beta=.5)],
@@ -247,12 +249,12 @@ def shake_test(
 
 # %% ../nbs/12_table.ipynb #6db26f4b
 def table(
-    name:str, # Experiment: shake (see `shake_test`), tuning, start, headline, controls, pairs, decoder, detail, simsiam, length, norm, matched, lam, tau, sigma_cam, sigma_var or beta
+    name:str, # Experiment: shake (see `shake_test`), tuning, simsiam_tuning, start, headline, controls, pairs, decoder, detail, simsiam, length, norm, matched, lam, tau, sigma_cam, sigma_var or beta
     data:str='gtsrb', # Name of a labelled data set, or a folder with one sub-folder per class
     path:str=None, # Where the data set lies
     seeds:int=5, # Runs of each configuration
     first_seed:int=0, # Seed of the first of them
-    preset:str='cpu', # Settings in common: cpu, drawing, paper or smoke
+    preset:str='cpu', # Settings in common: cpu, drawing, scratch, paper or smoke
     out:str='results/runs.csv', # File to add rows to
     validation:store_true=False, # Train and measure on the training images only, a third of them held out by group (for choosing settings)
     dry_run:store_true=False, # Only say what is missing
