@@ -40,6 +40,7 @@ setuptools.setup(
     project_urls = project_urls,
     packages = setuptools.find_packages(include=[cfg['lib_name']+'*']),
     include_package_data = True,
+    package_data = {cfg['lib_name']: ['presets/*.toml']},
     install_requires = shlex.split(cfg.get('requirements', '')),
     extras_require = {o: cfg.get(f'{o}_requirements', '').split() for o in ('dev','lite','onnx')},
     python_requires = '>=' + min_python,

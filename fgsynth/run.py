@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['columns', 'synth_modes', 'check_out', 'open_run', 'text_table', 'write_report', 'synth_callbacks', 'build', 'fit',
-           'train', 'settings', 'evaluate_run', 'warm_start', 'demo', 'fgsynth_train', 'fgsynth_eval', 'fgsynth_demo']
+           'train', 'settings', 'origins', 'estimate', 'evaluate_run', 'warm_start', 'demo', 'fgsynth_train',
+           'fgsynth_eval', 'fgsynth_demo']
 
 # %% ../nbs/11_run.ipynb #1e157523
-import base64, csv, html, inspect, json, platform, random, shutil, sys, time
+import argparse, base64, csv, html, inspect, json, platform, random, shutil, sys, time
+from functools import wraps
 from fastcore.script import anno_parser, store_true
 from fastai.basics import *
 from fastai.callback.schedule import *
@@ -15,11 +17,12 @@ from fastai.callback.progress import ProgressCallback
 import fgsynth
 from . import byol, dino, simclr # they enter themselves in `methods`
 from .core import InputError, check_name
-from .data import Items, get_dataset, labelled_dls, ssl_dls
+from .data import Items, float_images, get_dataset, labelled_dls, ssl_dls
 from .finches import SPECIES, draw_finches
 from .evaluate import evaluate
 from .explore import Explorer
 from .models import Encoder, create_encoder, load_encoder, save_encoder
+from .preset import read_preset
 from .resume import CheckpointCallback, check_same, locked, parse_every, read_checkpoint, replacing
 from .show import (Synthesizer, attention_maps, attention_on_parts, find_neighbours, history, show_attention, show_health, show_noise,
     show_pairs, show_retrieval, show_variance)
@@ -120,7 +123,8 @@ def write_report(
         parts.append(f'<figure><img alt="{cap}" src="data:image/png;base64,{png}"><figcaption>{cap}</figcaption></figure>')
     if (out/'synth.safetensors').is_file():
         parts.append(Explorer.from_run(out).to_html(fragment=True, sigmas=(0,1,2,3,5,8)))
-    parts += ['<h2>Settings</h2>', table(('setting','value'), settings.items())]
+    where = origins(settings)
+    parts += ['<h2>Settings</h2>', table(('setting','value','from'), [(k, v, where.get(k, '')) for k,v in settings.items()])]
     page = f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{esc(title)}</title><style>{_css}</style></head><body>{"".join(parts)}</body></html>'
     (out/'report.html').write_text(page, encoding='utf-8')
     return out/'report.html'
@@ -177,13 +181,31 @@ def fit(
     "The self-supervised training of a run"
     set_seed(s.seed); learn.dls.train.rng = random.Random(s.seed)
     start = time.time()
-    learn.fit_one_cycle(s.epochs, slice(s.lr, s.lr*s.head_mult), pct_start=.1, div=10, cbs=cbs)
+    lrs = slice(s.lr, s.lr*s.head_mult)
+    if s.schedule=='cosine': learn.fit_cosine(s.epochs, lrs, cbs=cbs)
+    else: learn.fit_one_cycle(s.epochs, lrs, pct_start=.1, div=10, cbs=cbs)
     return time.time()-start
 
-_where = 'out','overwrite','resume','save_every' # arguments of `train` that change nothing about what is trained
+def _with_preset(f):
+    "Let the settings of `preset` stand for what is not given"
+    sig = inspect.signature(f)
+    @wraps(f)
+    def inner(*args, **kwargs):
+        given = sig.bind(*args, **kwargs).arguments
+        return f(**{**(_preset(given['preset']) if given.get('preset') else {}), **given})
+    return inner
 
+def _preset(name):
+    values = read_preset(name).values
+    for k in values: check_name(k, settings().__dict__, f'setting in preset {str(name)!r}:')
+    return values
+
+_where = 'out','overwrite','resume','save_every','dry_run' # arguments of `train` that change nothing about what is trained
+
+@_with_preset
 def train(
-    data:str='finches', # Name of a data set (finches, gtsrb, cub200, cars, aircraft, isic2017, cifar100, imagenet100), or a folder of images
+    preset:str=None, # Settings for what is not given here: paper, paper_simsiam, cpu, drawing, scratch, smoke, or a file of your own that ends in .toml
+    data:str='finches', # Name of a data set (finches, gtsrb, gtsrb_paper, cub200, cars, aircraft, isic2017, cifar100, imagenet100), or a folder of images
     path:str=None, # Where the data set lies
     cache_dir:str=None, # Folder that keeps decoded images for the next run, and for more of them than fit into memory
     arch:str='resnet18', # Encoder: any classifier of torchvision or timm
@@ -194,6 +216,7 @@ def train(
     epochs:int=5, # Passes over the training images
     pretrain_epochs:int=10, # Passes of the decoder before that, with the encoder frozen
     lr:float=0.03, # Highest learning rate of the encoder
+    schedule:str='one_cycle', # How learning rates move: one_cycle, up for a tenth of the time and then down along half a cosine, or cosine, down from the start, as in the paper
     head_mult:float=1., # How many times faster the heads learn; from pretrained weights 5 to 30, so that untrained heads do not spoil the encoder
     sigma_cam:float=3., # Strength of the noise by Grad-CAM, in units of the features' spread
     sigma_var:float=3., # Strength of the noise on low-variance dimensions, likewise
@@ -223,15 +246,17 @@ def train(
     overwrite:store_true=False, # Replace a run that is already in that folder
     resume:store_true=False, # Go on with the run in that folder, if there is one
     save_every:str='10m', # Steps (200) or time (30s, 10m, 2h) between two checkpoints; there is one at the end of each epoch too
-)->Learner: # The trained learner; `learn.run` is the folder. None if the run was complete already
+    dry_run:store_true=False, # Build everything, run two steps, say how long it all would take and how much memory, and write nothing
+)->Learner: # The trained learner; `learn.run` is the folder. None if the run was complete already, and after a dry run
     "Train an encoder on unlabelled images, with or without synthesized pairs"
     s = SimpleNamespace(**{k:v for k,v in locals().items() if k not in _where})
-    check_name(synth, synth_modes, 'synth mode'); check_name(method, methods, 'method'); parse_every(save_every)
+    check_name(synth, synth_modes, 'synth mode'); check_name(method, methods, 'method'); check_name(schedule, ['one_cycle','cosine'], 'schedule'); parse_every(save_every)
     for k in 'epochs','bs','size':
         if getattr(s, k)<1: raise InputError(f"--{k} is {getattr(s, k)}: give a number from 1 up.")
     items = _items(data, path, size, cache_dir)
+    if dry_run: return print(estimate(items, s))
     out = check_out(out, overwrite, resume)
-    same = json.loads(json.dumps({k:v for k,v in vars(s).items() if k not in ('path','cache_dir')} | dict(images=len(items.train)), default=str))
+    same = json.loads(json.dumps({k:v for k,v in vars(s).items() if k not in ('path','cache_dir','preset')} | dict(images=len(items.train)), default=str))
     if resume and (out/'settings.json').is_file():
         there = _read_json(out/'settings.json')
         check_same({k:there.get(k) for k in same}, same, f"The run in {str(out)!r}")
@@ -269,7 +294,18 @@ def settings(
     "The settings of a run"
     defaults = {k:p.default for k,p in inspect.signature(train).parameters.items() if k not in _where}
     for k in changes: check_name(k, defaults, 'setting')
-    return SimpleNamespace(**{**defaults, **changes})
+    return SimpleNamespace(**{**defaults, **(_preset(changes['preset']) if changes.get('preset') else {}), **changes})
+
+def origins(
+    s:dict, # Settings of a run, as in settings.json
+)->dict: # Setting to a few words; what is no argument of `train` is not there
+    "Where each setting comes from: a preset and its source, the default, or the command"
+    try: pre = read_preset(s['preset'])
+    except (KeyError, TypeError, InputError): pre = SimpleNamespace(values={}, sources={}) # none, or a file that is gone
+    def where(k, v, default):
+        if k in pre.values and pre.values[k]==v: return f"{s['preset']}: {pre.sources[k]}".rstrip(': ')
+        return 'default' if v==default and k not in pre.values else 'given'
+    return {k:where(k, s[k], d) for k,d in vars(settings()).items() if k in s}
 
 def _items(data, path, size, cache_dir=None):
     if data=='finches' and path is None: return get_dataset('finches', size=size)
@@ -295,6 +331,51 @@ def _examples(items, size, device, n=24):
     split = 'test' if len(items.test) else 'train'
     x,_ = items.load(split, size)
     return x[torch.linspace(0, len(x)-1, min(n, len(x))).long()].float().to(device)/255
+
+# %% ../nbs/11_run.ipynb #fbf92c51
+class _Steps(Callback):
+    "Stop a fit after `n` steps and one to warm up; `seconds` is their mean time, loading included"
+    order = 90
+    def __init__(self, n): self.n,self.ends = n,[]
+    def after_batch(self):
+        if torch.cuda.is_available(): torch.cuda.synchronize()
+        self.ends.append(time.perf_counter())
+        if len(self.ends)>self.n: raise CancelFitException()
+    @property
+    def seconds(self): return (self.ends[-1]-self.ends[0])/self.n
+
+def _clock(s):
+    m,h = round(s/60),round(s/3600)
+    return f'{s:.2g} s' if s<10 else f'{s:.0f} s' if s<120 else f'{m} min' if m<120 else f'{m//60} h {m%60} min' if h<48 else f'{h/24:.1f} days'
+
+def _peak_memory():
+    "Highest use so far, of the GPU or else of this process, in words"
+    if torch.cuda.is_available(): return f'{torch.cuda.max_memory_reserved()/1e9:.1f} GB on the GPU'
+    try: import resource
+    except ImportError: return 'unknown'
+    return f'{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform=="darwin" else 1024)/1e9:.1f} GB'
+
+def estimate(
+    items, # `Items`
+    s, # Settings, as the arguments of `train`
+    steps:int=2, # Steps of each phase to time
+)->str: # Some lines
+    "What a run would cost, from a few of its steps"
+    learn,res = build(items, s),[]
+    net,n = get_model(learn.model),len(learn.dls.train)
+    total,turns = 0.,-(-(steps+1)//n) # passes that give that many steps
+    with learn.no_bar(), learn.no_logging():
+        if hasattr(net, 'decoder') and s.pretrain_epochs>0:
+            learn.pretrain_decoder(turns, cbs=(cb := _Steps(steps)))
+            x = float_images(learn.dls.train.one_batch()[0], s.size)
+            with torch.no_grad(): net.encoder(x); t = time.perf_counter(); net.encoder(x); enc = time.perf_counter()-t # of each image once
+            draw = max(0., cb.seconds-enc) if turns==1 else cb.seconds
+            total += n*(enc + s.pretrain_epochs*draw)
+            res.append(f'decoder:  {s.pretrain_epochs} epochs of {n} steps, {_clock(draw)} each: {_clock(total)}')
+        learn.fit(turns, s.lr, cbs=(cb := _Steps(steps)))
+    time_ = s.epochs*n*cb.seconds; total += time_
+    res.append(f'training: {s.epochs} epochs of {n} steps, {_clock(cb.seconds)} each: {_clock(time_)}')
+    return '\n'.join([f'{s.arch} by {s.method} on {items}', *res, f'all of it: {_clock(total)}, at most {_peak_memory()} of memory', 'Nothing was written.'])
 
 # %% ../nbs/11_run.ipynb #2f60670f
 def evaluate_run(
@@ -390,8 +471,9 @@ def demo(
     return rows
 
 # %% ../nbs/11_run.ipynb #49327ec6
-def _cli(f, prog, positional=()):
+def _cli(f, prog):
     p = anno_parser(f, prog=prog)
+    for a in p._actions: a.default = argparse.SUPPRESS                       # only what was given, so that a preset can fill in the rest
     args = vars(p.parse_args())
     for k in 'pdb','xtra': args.pop(k, None)
     try: f(**args)

@@ -72,9 +72,10 @@ class SSLModel(nn.Module):
                 if 'encoder' in n.split('.')[0] and isinstance(m, bn_types): m.eval()
         return self
 
-    def param_groups(self):
-        "Trainable parameters in two groups, encoder and heads: for discriminative learning rates and `learn.freeze`"
-        return L(L(trainable_params(self.encoder)), L(p for h in self.heads for p in trainable_params(getattr(self, h))))
+    def param_groups(self, apart=()):
+        "Trainable parameters in two groups, encoder and heads: for discriminative learning rates and `learn.freeze`; heads named in `apart` in a third"
+        groups = [self.encoder], [getattr(self, h) for h in self.heads if h not in apart], [getattr(self, h) for h in apart]
+        return L(L(p for m in ms for p in trainable_params(m)) for ms in groups[:3 if apart else 2])
 
 # %% ../nbs/06_ssl.ipynb #c944ce9d
 def feat_std(
@@ -102,6 +103,7 @@ class SSLMethod(Callback):
     order,name = 0,'ssl'
     recipe = staticmethod(mocov2_views) # makes the `Views` for an image size
     signed = False # whether the loss can be negative, which `lr_find` would take for divergence
+    held = () # heads whose learning rate `fit_cosine` leaves where it is
     def __init__(self,
         views=None, # `Views` in place of the recipe's
         temperature:float=0.2, # Of the contrastive losses (section 4.1)
@@ -283,6 +285,7 @@ class SimSiamModel(SSLModel):
 class SimSiam(SSLMethod):
     "Simple siamese representation learning (Chen and He 2021, arXiv 2011.10566)"
     recipe,signed = staticmethod(simsiam_views),True
+    held = ('predictor',) # SimSiam, section 4.2
     def __init__(self,
         dim:int=2048, # Length of a projection, and width of the projector (SimSiam, section 3)
         bottleneck:int=512, # Width of the predictor's hidden layer (SimSiam, section 3)
@@ -382,6 +385,27 @@ def ssl_learner(
     return learn
 
 def _ssl_splitter(model): return get_model(model).param_groups()
+
+# %% ../nbs/06_ssl.ipynb #23e2b219
+@patch
+def fit_cosine(self:Learner,
+    n_epoch:int, # Epochs
+    lr=None, # Learning rate at the start: a number, or a slice from the encoder's to the heads'; by default `learn.lr`
+    cbs=None, # More callbacks
+):
+    "Train while every learning rate falls to 0 along half a cosine (section 4.1), but those of the heads that the method has `held`"
+    held,splitter = self.ssl.held,self.splitter
+    self.splitter = lambda model: get_model(model).param_groups(held)
+    try:
+        self.create_opt()
+        lr = self.lr if lr is None else lr
+        first,last = (lr.start or lr.stop, lr.stop) if isinstance(lr, slice) else (lr, lr)
+        start = np.array([first] + [last]*(len(self.opt.hypers)-1))
+        stays = np.arange(len(start)) == (2 if held else -1)
+        self.fit(n_epoch, start, cbs=L(ParamScheduler({'lr': lambda pct: np.where(stays, start, start*(1+math.cos(math.pi*pct))/2)}))+L(cbs))
+    finally:
+        self.splitter = splitter
+        if held: self.opt = None # its three groups are not those of `freeze`
 
 # %% ../nbs/06_ssl.ipynb #c13ca002
 @patch

@@ -21,21 +21,12 @@ from .evaluate import evaluate, features, fit_probe, top_k
 from .losses import info_nce
 from .models import eval_mode
 from .perturb import cam_scores
+from .preset import preset_names, read_preset
 from .run import _cli, _items, build, fit, settings
 from .show import history
-from .synth import PAPER
 
 # %% ../nbs/12_table.ipynb #6c9b229b
-_cpu = dict(arch='lite0', pretrained=True, size=64, bs=64, epochs=3, lr=.006, head_mult=5., momentum=.99,
-    pretrain_epochs=4, decoder_width=16, update='frozen', beta=0., augment='whole', residual=True, anchor='view', max_pairs=32)
-presets = dict(
-    cpu = _cpu,
-    drawing = dict(_cpu, pretrain_epochs=30, decoder_grid=16),
-    scratch = dict(_cpu, arch='timm/test_byobnet', pretrained=False, frozen_bn=0, size=48, epochs=30, lr=.03, head_mult=1., pretrain_epochs=10, update='own'),
-    paper = dict(arch='resnet50', pretrained='IMAGENET1K_V1', size=224, bs=128, epochs=100, lr=.03, head_mult=1., momentum=.999, frozen_bn=0,
-        pretrain_epochs=200, absolute=True, **{k:v for k,v in PAPER.items() if k!='relative'}),
-    smoke = dict(arch='timm/test_byobnet', size=32, bs=32, epochs=1, lr=.001, pretrain_epochs=1, decoder_width=8, momentum=.99),
-)
+presets = {n:read_preset(n).values for n in preset_names()}
 
 # %% ../nbs/12_table.ipynb #46b21a3c
 def _vary(name, *values, **fixed): return [{name:v, **fixed} for v in values]
@@ -63,7 +54,7 @@ experiments = dict(
 # %% ../nbs/12_table.ipynb #d6a20bcb
 _measures = 'seconds top1_100 top1_50 top1_20 rank1 rank5 map rank1_gallery map_gallery'.split()
 _first = 'experiment data encoder size method synth seed epochs'.split()
-_train = 'bs lr head_mult momentum pretrained frozen_bn'.split()
+_train = 'bs lr schedule head_mult momentum pretrained frozen_bn'.split()
 _pair = 'lam max_pairs anchor'.split()
 _decoder = 'pretrain_epochs update decoder_lr decoder_width decoder_grid decoder_draw beta'.split()
 _noise = 'sigma_cam sigma_var tau target norm absolute distance augment residual'.split()
@@ -133,9 +124,11 @@ def read_runs(
     return df.assign(**{c:pd.to_numeric(df[c]) for c in num})
 
 def _read(path):
-    "The file as text, with the columns of today; of those only settings whose default is None, an empty cell, may be younger than the file"
+    "The file as text, with the columns of today; of those only settings that every run has, or whose default is None, an empty cell, may be younger than the file"
     if not path.is_file(): return pd.DataFrame(columns=run_columns, dtype=str)
     df = pd.read_csv(path, dtype=str, keep_default_na=False)
+    for c in _train:
+        if c not in df: df[c] = _text(getattr(settings(), c))
     if missing := [c for c in run_columns if c not in df and getattr(settings(), c, '') is not None]: raise InputError(f"{str(path)!r} lacks the columns {', '.join(missing)}: it was not written by this version of fgsynth_table. Choose another --out.")
     return df.reindex(columns=run_columns, fill_value='')
 
@@ -254,7 +247,7 @@ def table(
     path:str=None, # Where the data set lies
     seeds:int=5, # Runs of each configuration
     first_seed:int=0, # Seed of the first of them
-    preset:str='cpu', # Settings in common: cpu, drawing, scratch, paper or smoke
+    preset:str='cpu', # Settings in common: cpu, drawing, scratch, paper, paper_simsiam or smoke
     out:str='results/runs.csv', # File to add rows to
     validation:store_true=False, # Train and measure on the training images only, a third of them held out by group (for choosing settings)
     dry_run:store_true=False, # Only say what is missing

@@ -70,6 +70,23 @@ def test_pairs_of_the_paper(photos, tmp_path, monkeypatch):
     s = json.loads((tmp_path/'run/settings.json').read_text())
     assert (s['residual'], s['augment'], s['anchor'], s['norm'], s['distance'], s['update'], s['max_pairs']) == (0, 'none', 'rec', 'rank', .01, 'frozen', 8)
 
+def test_preset_and_dry_run(photos, tmp_path, monkeypatch, capsys):
+    "A preset fills in what the command leaves out, even where the command says what the default is"
+    mine,args = tmp_path/'my.toml', ['--data', photos, '--bs', 16, '--out', tmp_path/'run']
+    mine.write_text('# Mine\nbase = "smoke"\nlam = 0.25  # a guess\nepochs = 7\nbs = 2\n')
+    call(monkeypatch, 'fgsynth_train', '--preset', mine, *args, '--dry_run')
+    said = capsys.readouterr().out
+    assert 'training: 7 epochs of 3 steps' in said and 'decoder:  1 epochs of 3 steps' in said and 'GB' in said and not (tmp_path/'run').exists()
+    call(monkeypatch, 'fgsynth_train', '--preset', mine, *args, '--epochs', 5, '--synth', 'none') # 5 is the default
+    s = json.loads((tmp_path/'run/settings.json').read_text())
+    assert (s['epochs'], s['lam'], s['bs'], s['arch'], s['size']) == (5, .25, 16, 'timm/test_byobnet', 32)
+    assert f'<td>lam</td><td>0.25</td><td>{mine}: a guess</td>' in (tmp_path/'run/report.html').read_text()
+    call(monkeypatch, 'fgsynth_train', '--preset', mine, *args, '--epochs', 5, '--synth', 'none', '--resume')
+    assert 'is complete' in capsys.readouterr().out
+    for name,words in (('smock', "did you mean 'smoke'"), (tmp_path/'none.toml', 'no preset')):
+        with pytest.raises(SystemExit) as e: call(monkeypatch, 'fgsynth_train', '--preset', name, *args)
+        assert words in str(e.value)
+
 def test_table(photos, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(table.presets['smoke'], 'bs', 16)
     out = tmp_path/'results/runs.csv'
