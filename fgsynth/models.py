@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['IMAGENET_STATS', 'Encoder', 'eval_mode', 'num_features', 'cut_head', 'DepthwiseConv2d', 'fast_depthwise',
-           'load_weights', 'create_encoder', 'save_encoder', 'read_info', 'load_encoder', 'MLPHead', 'Decoder']
+           'load_weights', 'create_encoder', 'stages', 'save_encoder', 'read_info', 'load_encoder', 'MLPHead',
+           'Decoder']
 
 # %% ../nbs/03_models.ipynb #36e54e50
 import copy, json, math
+from timm.models import group_parameters
 from contextlib import contextmanager
 from pathlib import Path
 import torch, torchvision
@@ -177,6 +179,31 @@ def create_encoder(
             if 'do not fit' not in str(e): raise
             load_weights(enc.body, weights)   # a plain state dict
     return enc
+
+# %% ../nbs/03_models.ipynb #69f518d8
+def _parts(m, total):
+    "Lists of parameters, in order"
+    res,own = [],list(m.parameters(recurse=False))
+    for c in m.children():
+        n = sum(p.numel() for p in c.parameters())
+        if not n: continue
+        ps = _parts(c, total) if n>.8*total and next(c.children(), None) is not None else [list(c.parameters())]
+        res += [own+ps[0], *ps[1:]]; own = []
+    return res + [own] if own else res
+
+def stages(
+    encoder:nn.Module, # From `create_encoder`, or any network
+)->list: # Lists of parameters, from the image to the features
+    "What an encoder learns with, stage by stage"
+    body = getattr(encoder, 'body', encoder)
+    if hasattr(body, 'group_matcher'):
+        ps = dict(body.named_parameters())
+        return [[ps[n] for n in ns] for ns in group_parameters(body, body.group_matcher(coarse=True)).values()]
+    res = []
+    for part in _parts(body, sum(p.numel() for p in body.parameters())):
+        if res and all(p.dim()<2 for p in part): res[-1] += part             # a norm belongs to what it follows
+        else: res.append(part)
+    return res
 
 # %% ../nbs/03_models.ipynb #ebf24395
 def save_encoder(

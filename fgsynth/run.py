@@ -171,7 +171,7 @@ def build(
     method = methods[check_name(s.method, methods, 'method')]
     method = method(momentum=s.momentum) if s.method=='mocov2' else method()
     return ssl_learner(dls, s.arch, method, cbs=cbs, pretrained=s.pretrained, weights=s.weights, frozen_bn=None if s.frozen_bn is None else bool(s.frozen_bn),
-                       precision=s.precision)
+                       precision=s.precision, frozen_stages=s.frozen_stages, by_stage=s.layer_decay!=1)
 
 def fit(
     learn:Learner, # From `build`
@@ -181,9 +181,11 @@ def fit(
     "The self-supervised training of a run"
     set_seed(s.seed); learn.dls.train.rng = random.Random(s.seed)
     start = time.time()
-    lrs = slice(s.lr, s.lr*s.head_mult)
+    *encoder,_ = get_model(learn.model).param_groups()
+    lrs = [s.lr*s.layer_decay**i for i in range(len(encoder))][::-1]
+    lrs += [s.lr*s.head_mult]*(2 if s.schedule=='cosine' and learn.ssl.held else 1)
     if s.schedule=='cosine': learn.fit_cosine(s.epochs, lrs, cbs=cbs)
-    else: learn.fit_one_cycle(s.epochs, lrs, pct_start=.1, div=10, cbs=cbs)
+    else: learn.fit_one_cycle(s.epochs, np.array(lrs), pct_start=.1, div=10, cbs=cbs)
     return time.time()-start
 
 def _with_preset(f):
@@ -218,6 +220,8 @@ def train(
     lr:float=0.03, # Highest learning rate of the encoder
     schedule:str='one_cycle', # How learning rates move: one_cycle, up for a tenth of the time and then down along half a cosine, or cosine, down from the start, as in the paper
     head_mult:float=1., # How many times faster the heads learn; from pretrained weights 5 to 30, so that untrained heads do not spoil the encoder
+    frozen_stages:int=0, # Leave the first so many stages of the encoder as they are
+    layer_decay:float=1., # From each stage of the encoder to the one before it, the learning rate shrinks by this factor
     sigma_cam:float=3., # Strength of the noise by Grad-CAM, in units of the features' spread
     sigma_var:float=3., # Strength of the noise on low-variance dimensions, likewise
     tau:float=0.905, # Threshold of low variance, in units of one over the root of the number of features

@@ -19,7 +19,7 @@ from .core import InputError, check_name
 from .data import float_images
 from .health import HealthCallback
 from .augment import Views, ViewSet, mocov2_views, simsiam_views, whole_views
-from .models import MLPHead, create_encoder, Encoder, num_features
+from .models import stages, MLPHead, create_encoder, Encoder, num_features
 from .losses import info_nce, neg_cosine, nt_xent
 
 # %% ../nbs/06_ssl.ipynb #abc4cd8f
@@ -38,6 +38,7 @@ def batch_stats_only(
 class SSLModel(nn.Module):
     "Encoder, heads and whatever else a method keeps; called with views, returns what the loss compares"
     heads = ('projector',) # names of the modules that train beside the encoder
+    by_stage = False # one group of parameters for each of the encoder's `stages`
 
     def __init__(self,
         encoder:nn.Module, # f: images in [0, 1] to features (B, d)
@@ -67,15 +68,17 @@ class SSLModel(nn.Module):
 
     def train(self, mode=True):
         super().train(mode)
-        if self.frozen_bn:
-            for n,m in self.named_modules():
-                if 'encoder' in n.split('.')[0] and isinstance(m, bn_types): m.eval()
+        for n,m in self.named_modules(): # a batch norm that does not train keeps its statistics, in the slow copy as in the encoder
+            if 'encoder' in n.split('.')[0] and isinstance(m, bn_types):
+                w = self.get_submodule(n.removeprefix('key_')).weight
+                if self.frozen_bn or w is not None and not w.requires_grad: m.eval()
         return self
 
     def param_groups(self, apart=()):
-        "Trainable parameters in two groups, encoder and heads: for discriminative learning rates and `learn.freeze`; heads named in `apart` in a third"
-        groups = [self.encoder], [getattr(self, h) for h in self.heads if h not in apart], [getattr(self, h) for h in apart]
-        return L(L(p for m in ms for p in trainable_params(m)) for ms in groups[:3 if apart else 2])
+        "Trainable parameters of the encoder, or of each of its stages, and of the heads: groups for discriminative learning rates and `learn.freeze`; heads named in `apart` come last in a group of their own"
+        heads = [[p for h in hs for p in getattr(self, h).parameters()] for hs in ([h for h in self.heads if h not in apart], apart) if hs]
+        encoder = stages(self.encoder) if self.by_stage else [self.encoder.parameters()]
+        return L(L(p for p in ps if p.requires_grad) for ps in (*encoder, *heads))
 
 # %% ../nbs/06_ssl.ipynb #c944ce9d
 def feat_std(
@@ -356,6 +359,8 @@ def ssl_learner(
     channels_last:bool=True, # Keep maps with their channels innermost in memory: the same numbers, and faster convolutions
     frozen_bn:bool=None, # Keep the encoder's batch norm statistics; by default when it starts from pretrained or local weights
     precision:str='fp32', # 'fp32', 'bf16', or 'auto', which measures and prints what it chose (`faster_precision`)
+    frozen_stages:int=0, # Leave the first so many `stages` of the encoder as they are
+    by_stage:bool=False, # One group of parameters for each stage: `learn.fit(1, slice(1e-4, 1e-2))` spreads learning rates over them, `learn.freeze_to(2)` freezes the first two
     compile=False, # Compile encoders and decoder: True, or the arguments of `torch.compile` as a dict. Can pay on GPUs; on CPUs the first step may take minutes
     health:bool=True, # Stop at numbers that are not finite, and warn of collapse and the like (`HealthCallback`)
     opt_func=partial(SGD, mom=0.9, decouple_wd=False), # SGD (section 4.1)
@@ -372,6 +377,10 @@ def ssl_learner(
     encoder = arch if isinstance(arch, Encoder) else create_encoder(arch, pretrained, weights, size=dls.size)
     model = method.build(encoder, dls)
     model.frozen_bn = bool(pretrained or weights) if frozen_bn is None else frozen_bn
+    model.by_stage,st = by_stage,stages(model.encoder)
+    if not 0<=frozen_stages<=len(st): raise InputError(f"{frozen_stages} stages are to be frozen, and the encoder has {len(st)}: give a number from 0 to {len(st)}.")
+    for s in st[:frozen_stages]:
+        for q in s: q.requires_grad_(False)
     if channels_last: model.to(memory_format=torch.channels_last)
     if check_name(precision, ['fp32','bf16','auto'], 'precision')=='auto':
         precision,ratio = faster_precision(model.encoder, dls.size, dls.train.bs, dls.device)
@@ -390,18 +399,17 @@ def _ssl_splitter(model): return get_model(model).param_groups()
 @patch
 def fit_cosine(self:Learner,
     n_epoch:int, # Epochs
-    lr=None, # Learning rate at the start: a number, or a slice from the encoder's to the heads'; by default `learn.lr`
+    lr=None, # Learning rate at the start: a number, a slice, or one for each group of parameters; by default `learn.lr`
     cbs=None, # More callbacks
 ):
     "Train while every learning rate falls to 0 along half a cosine (section 4.1), but those of the heads that the method has `held`"
     held,splitter = self.ssl.held,self.splitter
-    self.splitter = lambda model: get_model(model).param_groups(held)
+    self.splitter = lambda model: get_model(model).param_groups(held) # the last group
     try:
         self.create_opt()
-        lr = self.lr if lr is None else lr
-        first,last = (lr.start or lr.stop, lr.stop) if isinstance(lr, slice) else (lr, lr)
-        start = np.array([first] + [last]*(len(self.opt.hypers)-1))
-        stays = np.arange(len(start)) == (2 if held else -1)
+        self.opt.set_hyper('lr', self.lr if lr is None else lr)
+        start = np.array([h['lr'] for h in self.opt.hypers])
+        stays = np.arange(len(start)) == (len(start)-1 if held else -1)
         self.fit(n_epoch, start, cbs=L(ParamScheduler({'lr': lambda pct: np.where(stays, start, start*(1+math.cos(math.pi*pct))/2)}))+L(cbs))
     finally:
         self.splitter = splitter

@@ -31,7 +31,7 @@ presets = {n:read_preset(n).values for n in preset_names()}
 # %% ../nbs/12_table.ipynb #46b21a3c
 def _vary(name, *values, **fixed): return [{name:v, **fixed} for v in values]
 
-_simsiam = dict(method='simsiam', lr=.001, head_mult=100.) # its heads, deep and with batch norm, have farther to go
+_simsiam = dict(method='simsiam', lr=.002, head_mult=100.) # its heads, deep and with batch norm, have farther to go
 experiments = dict(
     tuning = [dict(synth=s, lr=l) for s in ('none','both','views') for l in (.0025, .004, .006, .01)],
     simsiam_tuning = [dict(_simsiam, synth='none', lr=l, head_mult=h) for l,h in ((.0005,100.), (.001,100.), (.002,100.), (.0025,5.), (.0025,30.), (.006,5.))],
@@ -55,7 +55,7 @@ experiments = dict(
 # %% ../nbs/12_table.ipynb #d6a20bcb
 _measures = 'seconds top1_100 top1_50 top1_20 rank1 rank5 map rank1_gallery map_gallery'.split()
 _first = 'experiment data encoder size method synth seed epochs'.split()
-_train = 'bs lr schedule head_mult momentum pretrained frozen_bn'.split()
+_train = 'bs lr schedule head_mult frozen_stages layer_decay momentum pretrained frozen_bn'.split()
 _pair = 'lam max_pairs anchor'.split()
 _decoder = 'pretrain_epochs update decoder_lr decoder_width decoder_grid decoder_draw beta'.split()
 _noise = 'sigma_cam sigma_var tau target norm absolute distance augment residual'.split()
