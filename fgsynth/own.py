@@ -9,6 +9,7 @@ __all__ = ['classifiers', 'ImageIndex', 'build_index', 'search_run', 'cross_vali
 # %% ../nbs/14_own.ipynb #5279ef25
 import csv, hashlib, json, os, warnings
 import numpy as np, torch
+from importlib.util import find_spec
 import torch.nn.functional as F
 import matplotlib.pyplot as plt
 from pathlib import Path
@@ -24,12 +25,13 @@ from .run import _cli, _run_info
 # %% ../nbs/14_own.ipynb #6ca0c416
 class ImageIndex:
     "Features of the images of a run, in a file"
+    many = 1_000_000 # images from which on FAISS, if it is there, takes over
     def __init__(self,
         folder, # Where `build_index` put it
     ):
         self.folder = Path(folder)
         s = json.loads((self.folder/'index.json').read_text(encoding='utf-8'))
-        self.root,self.dim,self.names = Path(s['root']),s['dim'],[f for f,*_ in s['files']]
+        self.root,self.dim,self.names,self.key = Path(s['root']),s['dim'],[f for f,*_ in s['files']],s['key']
         self.z = torch.from_file(str(self.folder/f"{s['key']}.f16"), size=len(self.names)*self.dim, dtype=torch.float16).view(-1, self.dim)
         self.norms = torch.from_file(str(self.folder/f"{s['key']}.f32"), size=len(self.names), dtype=torch.float32)
 
@@ -46,16 +48,35 @@ class ImageIndex:
         q:torch.Tensor, # (Q, d) features of the queries
         k:int=10, # Neighbours of each
         block:int=65_536, # Images that are looked at together
+        exact:bool=None, # Compare with every image? By default unless there are `many` and FAISS is installed
     )->tuple: # Cosine similarities (Q, k) and positions (Q, k), the most similar first
-        "The most similar images, exactly"
+        "The most similar images"
         if k<1: raise InputError(f"There are no {k} nearest images: choose k=1 or more.")
+        if exact is False and not find_spec('faiss'): raise InputError("A search in clusters needs FAISS: pip install 'fgsynth[faiss]', or leave out exact=False.")
         q,v,j = F.normalize(q.float(), dim=1),None,None
+        if not ifnone(exact, len(self)<self.many or not find_spec('faiss')):
+            return tuple(map(torch.from_numpy, self.clusters(block).search(q.cpu().numpy(), min(k, len(self)))))
         for i in range(0, len(self), block):
             s,o = (q@self.z[i:i+block].float().T).topk(min(k, len(self)-i, block), 1)
             o += i
             if v is not None: s,o = torch.cat([v,s], 1),torch.cat([j,o], 1)
             v,best = s.topk(min(k, s.shape[1]), 1); j = o.gather(1, best)
         return v,j
+
+    def clusters(self, block=65_536):
+        "The images in clusters, by FAISS: about four times the root of their number, of which a query looks into one in 32; made at the first call and kept in a file"
+        import faiss
+        file,n,d = self.folder/f'{self.key}.faiss',len(self),self.dim
+        if not file.is_file():
+            cells = max(1, min(int(4*n**.5), n//40))
+            ix = faiss.IndexIVFScalarQuantizer(faiss.IndexFlatIP(d), d, cells, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
+            some = torch.randperm(n, generator=torch.Generator().manual_seed(0))[:64*cells].sort().values
+            ix.train(self.z[some].float().numpy())
+            for rows in self.z.split(block): ix.add(rows.float().numpy())
+            faiss.write_index(ix, f'{file}.new'); os.replace(f'{file}.new', file)
+        ix = faiss.read_index(str(file), faiss.IO_FLAG_MMAP)
+        ix.nprobe = max(8, ix.nlist//32)
+        return ix
 
 # %% ../nbs/14_own.ipynb #b503bbbc
 def _run_files(run, data=None, path=None):
@@ -128,7 +149,7 @@ def build_index(
         torch.cat(norms).numpy().tofile(out/f"{about['key']}.f32")
         os.replace(out/'new.f16', out/f"{about['key']}.f16")
         (out/'new.json').write_text(json.dumps(about), encoding='utf-8'); os.replace(out/'new.json', out/'index.json')
-        for f in [*out.glob('*.f16'), *out.glob('*.f32')]:
+        for f in [*out.glob('*.f16'), *out.glob('*.f32'), *out.glob('*.faiss')]:
             if f.stem!=about['key']: f.unlink()
     except OSError as e:
         raise InputError(f"The index cannot be written to {out} ({e.strerror}): choose another folder with --index.") from None
