@@ -42,7 +42,7 @@ setuptools.setup(
     include_package_data = True,
     package_data = {cfg['lib_name']: ['presets/*.toml']},
     install_requires = shlex.split(cfg.get('requirements', '')),
-    extras_require = {o: cfg.get(f'{o}_requirements', '').split() for o in ('dev','lite','onnx','faiss')},
+    extras_require = {o: cfg.get(f'{o}_requirements', '').split() for o in ('dev','lite','onnx','faiss','distrib')},
     python_requires = '>=' + min_python,
     long_description = readme,
     long_description_content_type = 'text/markdown',

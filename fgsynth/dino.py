@@ -9,6 +9,7 @@ __all__ = ['dino_views', 'Prototypes', 'DINOModel', 'DINO']
 import itertools
 from fastai.basics import *
 from .augment import Views, ViewSet
+from .distrib import gather
 from .losses import distill
 from .models import MLPHead, num_features
 from .ssl import SSLMethod, SSLModel, methods, rising
@@ -118,7 +119,7 @@ class DINO(SSLMethod):
         return dict(head=nn.Sequential(*n.projector, n.prototypes), key_head=nn.Sequential(*n.key_projector, n.key_prototypes),
                     negatives=n.centre, temperature=(self.temperature, self.key_temperature), loss='distill')
 
-    def enqueue(self, *out): self.net.centre.lerp_(torch.cat(out[-2:]).float().mean(0, keepdim=True), 1-self.centre_momentum)
+    def enqueue(self, *out): self.net.centre.lerp_(gather(torch.cat(out[-2:])).float().mean(0, keepdim=True), 1-self.centre_momentum)
     def follow(self): self.net.follow(rising(self.momentum, self.learn.pct_train))
     def after_backward(self):
         super().after_backward()

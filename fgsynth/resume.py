@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from filelock import FileLock, Timeout
 from fastai.basics import *
 from .core import InputError
+from .distrib import draw_apart, rank, world
 
 # %% ../nbs/10_resume.ipynb #e9cff8d7
 @contextmanager
@@ -171,7 +172,8 @@ class CheckpointCallback(Callback):
 
     def go_on(self):
         s = self.state
-        check_same(s['settings'], self.facts, f"The checkpoint in {str(self.folder)!r}")
+        steps = 'steps per epoch' if s.get('world', 1)!=world() else None    # of which other numbers of processes have others
+        check_same(*[{k:v for k,v in o.items() if k!=steps} for o in (s['settings'], self.facts)], f"The checkpoint in {str(self.folder)!r}")
         try:
             get_model(self.model).load_state_dict(s['model'])
             opt = s['opt'] if isinstance(self.opt, OptimWrapper) else to_device(s['opt'], self.device())
@@ -203,7 +205,7 @@ class CheckpointCallback(Callback):
     def other_batches(self):
         "As `Learner.all_batches`, without those that were taken"
         self.learn.n_iter = len(self.dl)
-        for o in itertools.islice(enumerate(self.dl), self.state['step'], None): self.learn.one_batch(*o)
+        for o in itertools.islice(enumerate(self.dl), self.state['step']*self.state.get('world', 1)//world(), None): self.learn.one_batch(*o)
 
     def before_batch(self):
         if self.state: self.last()
@@ -221,6 +223,7 @@ class CheckpointCallback(Callback):
             if n in s['grads']: p.grad = torch.zeros_like(p) if s['grads'][n] is None else s['grads'][n].to(p.device)
         if s['scaler']: self.learn.scaler.load_state_dict(s['scaler'])
         _set_random(s['random'], self.device())
+        draw_apart(self.train_iter)
 
     def after_step(self): self.pending = False
     def device(self): return next(self.model.parameters()).device
@@ -230,10 +233,11 @@ class CheckpointCallback(Callback):
         else: self.shuffle = self.loaders(); self.save(True)
         self.seconds = self.spent()
 
-    def loaders(self): return [dl.rng.getstate() if hasattr(dl, 'rng') else None for dl in self.dls.loaders], _random(self.device())
+    def inner(self): return [getattr(dl, 'dl', dl) for dl in self.dls.loaders] # in several processes each is wrapped
+    def loaders(self): return [dl.rng.getstate() if hasattr(dl, 'rng') else None for dl in self.inner()], _random(self.device())
     def reshuffle(self):
         rngs,rest = self.state['shuffle']                                    # PyTorch's own loaders and worker processes take theirs from the latter
-        for dl,r in zip(self.dls.loaders, rngs):
+        for dl,r in zip(self.inner(), rngs):
             if r: dl.rng.setstate(r)
         _set_random(rest, self.device())
 
@@ -244,9 +248,10 @@ class CheckpointCallback(Callback):
 
     def save(self, done=False):
         l = self.learn
+        if rank(): return                                                    # the first process writes
         if hasattr(l, 'health'): l.health.look_now()                         # what is not finite is not worth keeping
         scaler = getattr(l, 'scaler', None)
-        write_checkpoint(self.folder, dict(phase=self.phase, settings=self.facts, done=done, seconds=self.spent(),
+        write_checkpoint(self.folder, dict(phase=self.phase, settings=self.facts, world=world(), done=done, seconds=self.spent(),
             epoch=self.epoch, step=0 if done else self.iter, train_iter=self.train_iter, pct_train=self.pct_train,
             model=get_model(self.model).state_dict(), opt=_plain(self.opt.state_dict()),
             grads={n:p.grad if self.pending else None for n,p in self.model.named_parameters() if p.grad is not None},

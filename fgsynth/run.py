@@ -8,7 +8,8 @@ __all__ = ['columns', 'synth_modes', 'check_out', 'open_run', 'text_table', 'wri
            'fgsynth_eval', 'fgsynth_demo']
 
 # %% ../nbs/11_run.ipynb #1e157523
-import argparse, base64, csv, html, inspect, json, platform, random, shutil, sys, time
+import argparse, base64, csv, html, inspect, io, json, platform, random, shutil, sys, time
+from contextlib import nullcontext, redirect_stdout
 from functools import wraps
 from fastcore.script import anno_parser, store_true
 from fastai.basics import *
@@ -18,6 +19,7 @@ import fgsynth
 from . import byol, dino, simclr # they enter themselves in `methods`
 from .core import InputError, check_name
 from .data import Items, float_images, get_dataset, labelled_dls, ssl_dls
+from .distrib import engine, rank
 from .finches import SPECIES, draw_finches
 from .evaluate import evaluate
 from .explore import Explorer
@@ -257,24 +259,31 @@ def train(
     check_name(synth, synth_modes, 'synth mode'); check_name(method, methods, 'method'); check_name(schedule, ['one_cycle','cosine'], 'schedule'); parse_every(save_every)
     for k in 'epochs','bs','size':
         if getattr(s, k)<1: raise InputError(f"--{k} is {getattr(s, k)}: give a number from 1 up.")
-    items = _items(data, path, size, cache_dir)
+    items,first = _items(data, path, size, cache_dir),not rank_distrib()     # of several processes the first one writes
     if dry_run: return print(estimate(items, s))
-    out = check_out(out, overwrite, resume)
+    out = check_out(out, overwrite, resume) if first else Path(out)
     same = json.loads(json.dumps({k:v for k,v in vars(s).items() if k not in ('path','cache_dir','preset')} | dict(images=len(items.train)), default=str))
     if resume and (out/'settings.json').is_file():
         there = _read_json(out/'settings.json')
         check_same({k:there.get(k) for k in same}, same, f"The run in {str(out)!r}")
         if 'seconds' in there: return print(f'The run in {out} is complete.')
     learn = build(items, s)
-    out = open_run(out, overwrite, resume)
-    with locked(out): _train(learn, items, s, out, same, read_checkpoint(out/'checkpoints') if resume else None, save_every)
+    if first: out = open_run(out, overwrite, resume)
+    with locked(out) if first else redirect_stdout(io.StringIO()), _processes(learn, s):
+        _train(learn, items, s, out, same, read_checkpoint(out/'checkpoints') if resume else None, save_every)
     learn.run = out
     return learn
+
+def _processes(learn, s):
+    "The context of a training in as many processes as there are, on fastai's engine"
+    if num_distrib()<2: return nullcontext()
+    engine(); cpu = learn.dls.device.type=='cpu'
+    return learn.distrib_ctx(sync_bn=not cpu and s.method!='mocov2', cpu=cpu) # MoCo shuffles in place of it
 
 def _train(learn, items, s, out, same, state, save_every):
     "The part of `train` that writes to the folder"
     settings = dict(vars(s), **same, **_versions())
-    _write_json(out/'settings.json', settings)
+    if not rank(): _write_json(out/'settings.json', settings)
     keep = partial(CheckpointCallback, out/'checkpoints', save_every, resume=state, settings=same)
     seconds = 0.
     if hasattr(get_model(learn.model), 'decoder') and s.pretrain_epochs>0 and not (state and state['phase']=='training'):
@@ -283,6 +292,7 @@ def _train(learn, items, s, out, same, state, save_every):
     print(f"Training {s.arch} by {s.method}{'' if s.synth=='none' else f' with synthesized pairs ({s.synth})'} on {items}")
     cb = keep(phase='training', seconds=seconds)
     fit(learn, s, cb)
+    if rank(): return
     settings['seconds'] = round(cb.seconds, 1)
     hist = history(learn)
     _write_csv(out/'history.csv', [dict(epoch=i, **{k:v[i] for k,v in hist.items()}) for i in range(len(hist['train_loss']))])

@@ -17,6 +17,7 @@ from fastai.callback.schedule import *
 from fastai.callback.training import bn_types
 from .core import InputError, check_name
 from .data import float_images
+from .distrib import Shuffle, draw_apart, engine, gather, joined, mean_of_all, share, world
 from .health import HealthCallback
 from .augment import Views, ViewSet, mocov2_views, simsiam_views, whole_views
 from .models import stages, MLPHead, create_encoder, Encoder, num_features
@@ -96,7 +97,7 @@ class Term(Metric):
         t,bs = learn.terms.get(self._name),find_bs(learn.yb)
         if t is not None: self.total,self.count = self.total + t.detach().float()*bs, self.count + bs
     @property
-    def value(self): return self.total/self.count if self.count else None
+    def value(self): return mean_of_all(self.total, self.count) if self.count else None
     @property
     def name(self): return self._name
 
@@ -120,16 +121,16 @@ class SSLMethod(Callback):
 
     def loss(self, *out):
         "The method's own loss (Eq. 1), a scalar, from what the model returned for the views"
-        return nt_xent(*out, self.temperature)
+        return nt_xent(*map(joined, out), self.temperature)
 
     def pair_loss(self, z1, z2):
         "The loss of a synthesized pair (Eq. 7), a scalar, from the features (B, d) of either side: in-batch contrast of projections"
         g = self.net.projector
-        return nt_xent(g(z1), g(z2), self.temperature)
+        return nt_xent(joined(g(z1)), joined(g(z2)), self.temperature)
 
     def view_loss(self, out, z2):
         "The same loss with the first view in place of the reconstruction: `out` is what the model returned, `z2` (B, d) features of the perturbed images"
-        return nt_xent(out[0], self.net.projector(z2), self.temperature)
+        return nt_xent(joined(out[0]), joined(self.net.projector(z2)), self.temperature)
 
     def saliency_loss(self, z, out):
         "What Grad-CAM explains (Eq. 3): the loss between clean features `z` (B, d) and an augmented view, *summed* over the batch"
@@ -177,6 +178,12 @@ class SSLMethod(Callback):
         if not has_valid: rec.plot_loss = partial(rec.plot_loss, with_valid=False)
 
     def before_fit(self):
+        if world()>1:
+            engine(); net = self.net
+            share([*net.parameters(), *net.buffers()])
+            memory = [('', net)] + [('bank.', net.bank)]*hasattr(net, 'bank')
+            net._ddp_params_and_buffers_to_ignore = [p+n for p,m in memory for n,_ in m.named_buffers(recurse=False)] # long, and equal already
+            draw_apart() # views and noise
         if self.signed and hasattr(self.learn, 'lr_finder'): self.learn.lr_finder.stop_div = False
 
     def before_batch(self):
@@ -211,8 +218,10 @@ class MoCoModel(SSLModel):
         dim:int, # Length of an embedding
         K:int, # Length of the queue
         frozen_bn:bool=False, # See `SSLModel`
+        shuffle_bn:bool=True, # In several processes, compute keys among other images than their queries
     ):
         super().__init__(encoder, projector, frozen_bn)
+        self.shuffle_bn = shuffle_bn
         self.slow_copies('encoder', 'projector')
         self.register_buffer('queue', F.normalize(torch.randn(K, dim), dim=1))
         self.register_buffer('queue_ids', torch.full((K,), -1))
@@ -220,7 +229,10 @@ class MoCoModel(SSLModel):
 
     def forward(self, v1, v2):
         q = self.projector(self.features(v1)[0])
-        with torch.no_grad(): k = self.key_projector(self.key_encoder(v2))
+        with torch.no_grad():
+            if world()>1 and self.shuffle_bn and not self.frozen_bn and self.training:
+                s = Shuffle(v2); k = s.restore(self.key_projector(self.key_encoder(s.images)))
+            else: k = self.key_projector(self.key_encoder(v2))
         return q, k
 
     @torch.no_grad()
@@ -242,17 +254,18 @@ class MoCoV2(SSLMethod):
         momentum:float=0.999, # Of the key encoder (section 4.1)
         temperature:float=0.2, # Of the InfoNCE loss and of the pair loss (section 4.1)
         mask_same_image:bool=False, # Take older keys of the same image out of the negatives
+        shuffle_bn:bool=True, # In several processes, compute keys among other images than their queries (MoCo, section 3.3)
         views=None, # `Views` in place of `mocov2_views(size)`
     ):
         super().__init__(views, temperature)
-        store_attr('K,dim,momentum,mask_same_image')
+        store_attr('K,dim,momentum,mask_same_image,shuffle_bn')
 
     def build(self, encoder, dls):
         d,n,bs = num_features(encoder),len(dls.train_ds),dls.train.bs
         K = self.K or max(bs, min(65536, n)//bs*bs)
         if K>n: warnings.warn(f"The queue (K = {K}) is longer than the data set ({n} images), so every image meets itself as a negative: "
                               "choose a smaller K or mask_same_image=True.")
-        return MoCoModel(encoder, MLPHead(d, d, self.dim), self.dim, K)
+        return MoCoModel(encoder, MLPHead(d, d, self.dim), self.dim, K, shuffle_bn=self.shuffle_bn)
 
     def loss(self, q, k): return info_nce(q, k, self.net.queue, self.temperature, mask=self._same(len(q)))
 
@@ -265,7 +278,7 @@ class MoCoV2(SSLMethod):
     def _same(self, n):
         if self.mask_same_image: return self.learn.yb[0].as_subclass(Tensor)[:n,None]==self.net.queue_ids
 
-    def enqueue(self, q, k): self.net.enqueue(k, self.learn.yb[0])
+    def enqueue(self, q, k): self.net.enqueue(gather(k), gather(self.learn.yb[0]))
     def follow(self): self.net.follow(self.momentum)
 
 # %% ../nbs/06_ssl.ipynb #9922582b

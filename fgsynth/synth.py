@@ -14,6 +14,7 @@ from functools import wraps
 from fastai.basics import *
 from .core import InputError, check_name
 from .data import float_images
+from .distrib import engine, gather, mean_of_all, world
 from .health import HealthCallback
 from .models import Decoder, eval_mode, num_features
 from .perturb import MODES, NORMS, FeatureBank, Perturbed, cam_scores, low_variance, min_max, normalize, perturb
@@ -93,7 +94,7 @@ class DecoderCallback(SynthCallback):
     def after_loss(self):
         s,dec = self.learn.synth,self.net.decoder
         z = self.clean_features(grad=self.beta>0).float()
-        if not self.calibrated and self.learn.training: dec.calibrate(z); self.calibrated = True
+        if not self.calibrated and self.learn.training: dec.calibrate(gather(z)); self.calibrated = True
         with torch.set_grad_enabled(self.learn.training and (self.beta>0 or self.update!='frozen')): s.rec = dec(z)
         err = F.mse_loss(s.rec.float(), s.x.float())
         if self.beta: self.add_loss('rec_loss', err, self.beta)
@@ -127,7 +128,7 @@ class AutoEncoder(nn.Module):
             with batch_stats_only(self.net.encoder): z = self.net.encoder(x).float()
             if self.zs is None: self.__dict__['zs'] = torch.empty(len(self.seen), z.shape[1])
             self.zs[i],self.seen[i] = z.cpu(),True
-            if not self.decoder.calibrated: self.decoder.calibrate(z)
+            if not self.decoder.calibrated: self.decoder.calibrate(gather(z))
         return self.zs[i].to(x.device)
 
     def forward(self, x, i): return self.decoder(self.encode(x, i))
@@ -151,10 +152,11 @@ def pretrain_decoder(self:Learner,
     needs_grad = [p.requires_grad for p in net.decoder.parameters()]
     net.decoder.requires_grad_(True)
     mode = net.encoder.training
+    spread = L(engine().DistributedTrainer(False, cpu=self.dls.device.type=='cpu')) if world()>1 and hasattr(self, 'distributed_trainer') else L() # this training too
     net.train()
     try:
         pre = Learner(self.dls, AutoEncoder(net, len(self.dls.items.train)), loss_func=MSELossFlat(), opt_func=partial(Adam, mom=0.9, sqr_mom=0.99),
-                      cbs=L(_Reconstruct())+L(cbs)+(L(HealthCallback(watch=net)) if hasattr(self, 'health') else L()), path=self.path, model_dir=self.model_dir)
+                      cbs=L(_Reconstruct())+L(cbs)+(L(HealthCallback(watch=net)) if hasattr(self, 'health') else L())+spread, path=self.path, model_dir=self.model_dir)
         pre.recorder.train_metrics,pre.recorder.valid_metrics,pre.logger = True,False,self.logger
         with pre.no_bar() if not self.create_mbar or not hasattr(self, 'progress') else nullcontext(): pre.fit_one_cycle(n_epoch, lr)
     finally:
@@ -211,7 +213,7 @@ class PerturbCallback(SynthCallback):
         s,bank = self.learn.synth,self.net.bank
         z = self.clean_features().detach().float()
         ids = self.learn.yb[0].as_subclass(Tensor)[:len(z)]
-        bank.add(z, ids)
+        bank.add(gather(z), gather(ids))
         s.s_hat,s.v = self.scores(z, [o[:len(z)] for o in self.learn.pred]),bank.std()
         s.v_hat,s.mask = min_max(s.v),low_variance(s.v, self.threshold()) & bank.ready()
         unit = (bank.unit() if self.relative else 1.)*bank.gain
@@ -222,7 +224,7 @@ class PerturbCallback(SynthCallback):
     def after_step(self):
         s = self.learn.synth
         if self.distance is None or not hasattr(s, 'diff'): return
-        self.net.bank.gain.mul_((self.distance/s.diff.clamp_min(1e-8)).pow(.25).clamp(.7, 1.4)) # half a step towards it on the log scale
+        self.net.bank.gain.mul_((self.distance/mean_of_all(s.diff, 1).clamp_min(1e-8)).pow(.25).clamp(.7, 1.4)) # half a step towards it on the log scale
 
 # %% ../nbs/07_synth.ipynb #9b25139b
 class ClassNoise(PerturbCallback):

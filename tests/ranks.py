@@ -1,0 +1,85 @@
+"What `test_distrib.py` runs in each process; prints what it found from the first one"
+import sys, warnings
+from contextlib import nullcontext
+import torch, torch.distributed as dist
+from fastai.basics import *
+from fastai.distributed import *
+from torch import nn
+from fgsynth.data import Items, ssl_dls
+from fgsynth.distrib import Shuffle, gather, joined, rank, world
+from fgsynth.finches import draw_finches
+from fgsynth.models import Encoder
+from fgsynth.run import methods
+from fgsynth.ssl import MoCoV2, SimSiam, SSLMethod, ssl_learner
+from fgsynth.synth import synth_pairs
+
+torch.set_num_threads(1)
+
+def net(bn=False):
+    torch.manual_seed(0)
+    return Encoder(nn.Sequential(nn.Conv2d(3, 8, 5, 4), nn.BatchNorm2d(8) if bn else nn.Identity(), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten()), 128)
+
+def flock(n):
+    x = draw_finches([i%8 for i in range(n)], 32, seed=5)[0]
+    return Items('flock', x, x[:0], torch.arange(n)%8, torch.arange(0), [str(i) for i in range(8)])
+
+def two(x, *n): return [x, x.flip(3)] # views that nothing random is in
+
+def train(method, n, bs, epochs=2, still=False, bn=False, cbs=(), lr=.05):
+    "A learner after some epochs; `still`: images in their order, and noise of size 0"
+    dls = ssl_dls(flock(n), size=32, bs=bs)
+    if still: dls.train.shuffle = False
+    torch.manual_seed(1)
+    pairs = synth_pairs(sigma_cam=0, sigma_var=0, max_pairs=None, anchor='rec', augment='none', residual=False, beta=.5, decoder_width=8, update='joint') if still else synth_pairs(decoder_width=8)
+    learn = ssl_learner(dls, net(bn), method, cbs=[*pairs, *cbs], frozen_bn=not bn)
+    with learn.no_bar(), learn.no_logging(), learn.distrib_ctx(sync_bn=False, cpu=True) if world_size>1 else nullcontext(): learn.fit(epochs, lr)
+    return learn
+
+def state(learn, *leave): return {k:v for k,v in learn.model.state_dict().items() if isinstance(v, Tensor) and not any(o in k for o in leave)}
+
+def same_everywhere(learn, *leave):
+    "Parameters and buffers of all processes, compared to the bit"
+    return all(gather(v[None]).eq(v).all() for v in state(learn, *leave).values())
+
+world_size = num_distrib() or 1
+
+def alike(out):
+    "Weights of the same training, written to a file"
+    res = {}
+    for name,m in dict(mocov2=lambda: MoCoV2(K=96, momentum=.9, views=two), contrast=lambda: SSLMethod(views=two), simsiam=lambda: Smooth(views=two)).items():
+        learn = train(m(), 48, 48//world_size, 3, still=True)
+        if world_size>1: assert same_everywhere(learn), name
+        res |= {f'{name}.{k}':v for k,v in state(learn, 'bank').items()} # whose length goes by the batch
+        res |= {f'{name}.{k}':tensor(v) for k,v in zip(learn.recorder.metric_names[1:], learn.recorder.values[-1]) if k in ('ssl_loss','rec_loss','pair_loss')}
+    if rank()==0: torch.save(res, out)
+
+class Smooth(SimSiam):
+    "SimSiam with heads that have no batch norm"
+    def build(self, encoder, dls):
+        from fgsynth.models import MLPHead; from fgsynth.ssl import SimSiamModel
+        return SimSiamModel(encoder, MLPHead(128, 64, 64), MLPHead(64, 16, 64))
+
+def everything():
+    "All methods on real views, with images that do not come out even"
+    if world_size>1: setup = Learner(DataLoaders(device='cpu'), nn.Linear(1,1), loss_func=noop).distrib_ctx(cpu=True).__enter__() # the group
+    s = Shuffle(x := torch.randn(5, 3)+10*rank()); f = lambda o: o*2+1
+    assert torch.equal(s.restore(f(s.images)), f(x)) and not torch.equal(s.images, x)
+    assert sorted(gather(s.images)[:,0].tolist())==sorted(gather(x)[:,0].tolist())
+    x = torch.randn(4, 2, requires_grad=True); w = torch.arange(4*world()*2.).view(-1, 2)
+    (joined(x)*w).sum().backward(); assert torch.equal(x.grad, world()*w.chunk(world())[rank()])
+    for name in sorted(methods):
+        for bn in (False,True) if name=='mocov2' else (True,):
+            m = methods[name](**dict(hidden=32, dim=16, n_local=2) if name=='dino' else dict(hidden=32, dim=16) if name=='byol' else dict(dim=32))
+            learn = train(m, 50, 8, 2, bn=bn)
+            assert same_everywhere(learn, 'running_', 'num_batches'), name
+            assert not gather(torch.rand(3)).view(world(), 3).diff(dim=0).eq(0).any(), 'every process drew the same'
+            assert len(learn.recorder.losses)==2*(-(-50//world())//8), learn.recorder.losses
+            terms = tensor([o for o in learn.recorder.values[-1][1:]])       # the first is fastai's own, of this process
+            assert gather(terms).view(world(), -1).diff(dim=0).abs().max()<1e-6, 'columns differ'
+            if rank()==0: print(name, 'batch norm' if bn else 'no batch norm', [f'{o:.3f}' for o in terms.tolist()])
+
+if __name__=='__main__':
+    warnings.simplefilter('ignore')
+    what,*args = sys.argv[1:]
+    dict(alike=alike, everything=everything)[what](*args)
+    if world_size>1: dist.destroy_process_group()

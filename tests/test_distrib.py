@@ -1,0 +1,84 @@
+"Several processes compute what one does; a training spread by torchrun or accelerate can be taken up by one and back"
+import json, os, subprocess, sys, time
+from pathlib import Path
+import pytest, torch
+from conftest import root
+from safetensors.torch import load_file
+
+pytest.importorskip('accelerate')
+here,exe = root/'tests',Path(sys.executable).parent
+env = os.environ | {'OMP_NUM_THREADS':'1', 'PYTHONWARNINGS':'ignore', 'MPLBACKEND':'agg', 'CUDA_VISIBLE_DEVICES':''}
+
+def spread(n, *args, ok=True, by='torchrun', **kw):
+    "Run a script in so many processes"
+    how = ['-m','torch.distributed.run','--standalone','--nproc_per_node',n] if by=='torchrun' else \
+        ['-m','accelerate.commands.accelerate_cli','launch','--multi_gpu','--num_processes',n,'--num_machines',1,'--mixed_precision','no','--dynamo_backend','no','--main_process_port',0] # which starts as many without a GPU, too
+    r = subprocess.run([str(o) for o in (sys.executable, *(how if n>1 else ()), *args)], env=env, text=True, capture_output=True, timeout=300, stdin=subprocess.DEVNULL, **kw)
+    if ok: assert r.returncode==0, r.stdout[-2000:] + r.stderr[-5000:]
+    return r
+
+@pytest.fixture(scope='module')
+def alone(tmp_path_factory):
+    f = tmp_path_factory.mktemp('alone')/'one.pt'
+    spread(1, here/'ranks.py', 'alike', f)
+    return torch.load(f)
+
+@pytest.mark.parametrize('n', [2, 3])
+def test_like_one_process(alone, n, tmp_path):
+    "Three steps of three methods with pairs: weights, queue and loss terms are those of one process on all images"
+    spread(n, here/'ranks.py', 'alike', tmp_path/'n.pt')
+    got = torch.load(tmp_path/'n.pt')
+    assert got.keys()==alone.keys() and len(got)>90
+    for k in alone: torch.testing.assert_close(got[k].double(), alone[k].double(), rtol=1e-5, atol=1e-6, msg=lambda m: f'{k}: {m}')
+
+def test_every_method(n=3):
+    "Random views and noise, images that do not come out even, batch norm: memory and weights are the same everywhere, random numbers are not"
+    said = spread(n, here/'ranks.py', 'everything').stdout
+    assert [l.split()[0] for l in said.splitlines()]==['byol','dino','mocov2','mocov2','simclr','simsiam'], said
+
+small = '--size 32 --bs 8 --pretrain_epochs 1 --decoder_width 8 --arch timm/test_byobnet'.split()
+
+@pytest.fixture(scope='module')
+def photos(tmp_path_factory):
+    from fgsynth.finches import finches
+    from PIL import Image
+    top = tmp_path_factory.mktemp('photos')
+    for i,b in enumerate(finches(50, 40, n_species=2, seed=3)): Image.fromarray(b.image.permute(1,2,0).numpy()).save(top/f'{i}.png')
+    return top
+
+def train(n, photos, out, *args, **kw): return spread(n, exe/'fgsynth_train', '--data', photos, *small, '--out', out, *args, **kw)
+
+@pytest.mark.parametrize('by', ['torchrun','accelerate'])
+def test_command(by, photos, tmp_path):
+    "One run, written once"
+    said = train(2, photos, tmp_path/'run', '--epochs', 2, by=by).stdout
+    s = json.loads((tmp_path/'run/settings.json').read_text())
+    assert said.count('Wrote')==1 and s['images']==50 and 'seconds' in s and (tmp_path/'run/report.html').exists()
+    state = torch.load(sorted((tmp_path/'run/checkpoints').glob('*.pt'))[-1], weights_only=True)
+    assert int(state['model']['bank.count'])%16==0 and state['world']==2
+    r = train(2, photos, tmp_path/'run', '--epochs', 2, ok=False, by=by)
+    assert r.returncode and 'already holds another run' in r.stderr
+
+@pytest.mark.parametrize('first,then', [(2,1), (1,2)])
+def test_resume_with_another_number(first, then, photos, tmp_path):
+    "A run that was killed in the middle of an epoch is taken up by more processes or fewer"
+    out = tmp_path/'run'
+    kill = "import sys; from fastai.basics import *; from fgsynth import run; f = run.fit\n" \
+           "class Die(Callback):\n    order = 99\n    def after_batch(self):\n        if self.train_iter==3: raise SystemExit(3)\n" \
+           "run.fit = lambda l,s,cbs=None: f(l, s, L(cbs)+L(Die()))\nrun.fgsynth_train()"
+    (tmp_path/'die.py').write_text(kill)
+    args = ['--data', photos, *small, '--epochs', 3, '--out', out, '--save_every', 1]
+    assert spread(first, tmp_path/'die.py', *args, ok=False).returncode
+    assert 'seconds' not in json.loads((out/'settings.json').read_text())
+    said = spread(then, exe/'fgsynth_train', *args, '--resume').stdout
+    assert 'Going on with the training' in said and 'seconds' in json.loads((out/'settings.json').read_text())
+    assert all(v.isfinite().all() for v in load_file(out/'encoder.safetensors').values() if v.is_floating_point())
+
+def test_a_process_that_dies(photos, tmp_path):
+    "The others do not wait for it"
+    (tmp_path/'die.py').write_text("import os, signal; from fastai.basics import *; from fgsynth import run; f = run.fit\n"
+        "class Die(Callback):\n    order = 99\n    def after_batch(self):\n        if self.train_iter==2 and rank_distrib()==1: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "run.fit = lambda l,s,cbs=None: f(l, s, L(cbs)+L(Die()))\nrun.fgsynth_train()")
+    start = time.time()
+    r = spread(3, tmp_path/'die.py', '--data', photos, *small, '--epochs', 200, '--out', tmp_path/'run', ok=False)
+    assert r.returncode and 'SIGKILL' in r.stderr and time.time()-start<120
