@@ -59,14 +59,13 @@ class Shuffle:
         return gather(k)[self.back].chunk(world())[rank()]
 
 def mean_of_all(
-    total, # Sum over the images of this process, a scalar
+    total:Tensor, # Sum over the images of this process, a scalar on the device that the processes talk through
     count, # How many
 )->Tensor: # Scalar
     "The mean over the images of all processes"
-    t = torch.stack([torch.as_tensor(o).float() for o in (total, count)])
-    if world()>1:
-        if dist.get_backend()=='nccl': t = t.cuda()
-        dist.all_reduce(t)
+    if world()==1: return total/count
+    t = torch.stack([total.float(), torch.full_like(total, count, dtype=torch.float)])
+    dist.all_reduce(t)
     return t[0]/t[1]
 
 def draw_apart(
