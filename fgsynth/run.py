@@ -208,10 +208,10 @@ _where = 'out','overwrite','resume','save_every','dry_run' # arguments of `train
 
 @_with_preset
 def train(
-    preset:str=None, # Settings for what is not given here: paper, paper_simsiam, cpu, drawing, scratch, smoke, or a file of your own that ends in .toml
     data:str='finches', # Name of a data set (finches, gtsrb, gtsrb_paper, cub200, cars, aircraft, isic2017, cifar100, imagenet100), or a folder of images
     path:str=None, # Where the data set lies
     cache_dir:str=None, # Folder that keeps decoded images for the next run, and for more of them than fit into memory
+    preset:str=None, # Settings for what is not given here: paper, paper_simsiam, cpu, drawing, scratch, smoke, or a file of your own that ends in .toml
     arch:str='resnet18', # Encoder: any classifier of torchvision or timm
     size:int=64, # Height and width of the images in pixels, 32 or more
     bs:int=128, # Images in a batch
