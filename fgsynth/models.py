@@ -9,7 +9,6 @@ __all__ = ['IMAGENET_STATS', 'Encoder', 'eval_mode', 'num_features', 'cut_head',
 
 # %% ../nbs/03_models.ipynb #36e54e50
 import copy, json, math
-from timm.models import group_parameters
 from contextlib import contextmanager
 from pathlib import Path
 import torch, torchvision
@@ -197,6 +196,7 @@ def stages(
     "What an encoder learns with, stage by stage"
     body = getattr(encoder, 'body', encoder)
     if hasattr(body, 'group_matcher'):
+        from timm.models import group_parameters
         ps = dict(body.named_parameters())
         return [[ps[n] for n in ns] for ns in group_parameters(body, body.group_matcher(coarse=True)).values()]
     res = []

@@ -32,8 +32,8 @@ class ImageIndex:
         self.folder = Path(folder)
         s = json.loads((self.folder/'index.json').read_text(encoding='utf-8'))
         self.root,self.dim,self.names,self.key = Path(s['root']),s['dim'],[f for f,*_ in s['files']],s['key']
-        self.z = torch.from_file(str(self.folder/f"{s['key']}.f16"), size=len(self.names)*self.dim, dtype=torch.float16).view(-1, self.dim)
-        self.norms = torch.from_file(str(self.folder/f"{s['key']}.f32"), size=len(self.names), dtype=torch.float32)
+        self.z = torch.from_file(str(self.folder/f'{self.key}.f16'), size=len(self.names)*self.dim, dtype=torch.float16).view(-1, self.dim)
+        self.norms = torch.from_file(str(self.folder/f'{self.key}.f32'), size=len(self.names), dtype=torch.float32)
 
     def __len__(self): return len(self.names)
     def path(self, i): return self.root/self.names[i]

@@ -40,11 +40,11 @@ def read_preset(
     name, # One of `preset_names()`, or a file that ends in .toml
 )->SimpleNamespace: # `values` and `sources`, dicts by setting, and `about`, what it is for
     "The settings of a preset, and where each comes from"
-    file = Path(name)
-    if file.suffix=='.toml':
-        if not file.is_file(): raise InputError(f"There is no preset in {str(name)!r}: give one of {', '.join(preset_names())}, or a file with settings.")
-    else: file = _folder/f"{check_name(str(name), preset_names(), 'preset')}.toml"
+    file = _file(str(name))
+    if not file.is_file(): raise InputError(f"There is no preset in {str(name)!r}: give one of {', '.join(preset_names())}, or a file with settings.")
     return _read(file, ())
+
+def _file(name, near=Path()): return near/name if name.endswith('.toml') else _folder/f"{check_name(name, preset_names(), 'preset')}.toml"
 
 def _read(file, seen):
     if file.resolve() in seen: raise InputError(f"The preset {str(file)!r} is its own base: take the line away.")
@@ -53,7 +53,7 @@ def _read(file, seen):
     for name,value,source in rows:
         if name!='base': res.values[name],res.sources[name] = value,source
         elif isinstance(value, str):
-            other = file.parent/value if value.endswith('.toml') else _folder/f"{check_name(value, preset_names(), 'preset')}.toml"
+            other = _file(value, file.parent)
             if not other.is_file(): raise InputError(f"The preset {str(file)!r} builds on {str(other)!r}, which is not there.")
             base = _read(other, (*seen, file.resolve()))
             res.values,res.sources = {**base.values, **res.values},{**base.sources, **res.sources}

@@ -195,14 +195,15 @@ def _with_preset(f):
     sig = inspect.signature(f)
     @wraps(f)
     def inner(*args, **kwargs):
-        given = sig.bind(*args, **kwargs).arguments
-        return f(**{**(_preset(given['preset']) if given.get('preset') else {}), **given})
+        return f(**_filled(sig.bind(*args, **kwargs).arguments))
     return inner
 
-def _preset(name):
-    values = read_preset(name).values
-    for k in values: check_name(k, settings().__dict__, f'setting in preset {str(name)!r}:')
-    return values
+def _filled(given):
+    "The arguments that were given, and of the others those that their preset has"
+    if not (name := given.get('preset')): return given
+    values,known = read_preset(name).values,vars(settings())
+    for k in values: check_name(k, known, f'setting in preset {str(name)!r}:')
+    return {**values, **given}
 
 _where = 'out','overwrite','resume','save_every','dry_run' # arguments of `train` that change nothing about what is trained
 
@@ -308,7 +309,7 @@ def settings(
     "The settings of a run"
     defaults = {k:p.default for k,p in inspect.signature(train).parameters.items() if k not in _where}
     for k in changes: check_name(k, defaults, 'setting')
-    return SimpleNamespace(**{**defaults, **(_preset(changes['preset']) if changes.get('preset') else {}), **changes})
+    return SimpleNamespace(**{**defaults, **_filled(changes)})
 
 def origins(
     s:dict, # Settings of a run, as in settings.json

@@ -390,10 +390,11 @@ def ssl_learner(
     encoder = arch if isinstance(arch, Encoder) else create_encoder(arch, pretrained, weights, size=dls.size)
     model = method.build(encoder, dls)
     model.frozen_bn = bool(pretrained or weights) if frozen_bn is None else frozen_bn
-    model.by_stage,st = by_stage,stages(model.encoder)
-    if not 0<=frozen_stages<=len(st): raise InputError(f"{frozen_stages} stages are to be frozen, and the encoder has {len(st)}: give a number from 0 to {len(st)}.")
-    for s in st[:frozen_stages]:
-        for q in s: q.requires_grad_(False)
+    model.by_stage = by_stage
+    if frozen_stages:
+        st = stages(model.encoder)
+        if not 0<=frozen_stages<=len(st): raise InputError(f"{frozen_stages} stages are to be frozen, and the encoder has {len(st)}: give a number from 0 to {len(st)}.")
+        for p in sum(st[:frozen_stages], []): p.requires_grad_(False)
     if channels_last: model.to(memory_format=torch.channels_last)
     if check_name(precision, ['fp32','bf16','auto'], 'precision')=='auto':
         precision,ratio = faster_precision(model.encoder, dls.size, dls.train.bs, dls.device)
@@ -422,11 +423,11 @@ def fit_cosine(self:Learner,
         self.create_opt()
         self.opt.set_hyper('lr', self.lr if lr is None else lr)
         start = np.array([h['lr'] for h in self.opt.hypers])
-        stays = np.arange(len(start)) == (len(start)-1 if held else -1)
+        stays = [False]*(len(start)-1) + [bool(held)]
         self.fit(n_epoch, start, cbs=L(ParamScheduler({'lr': lambda pct: np.where(stays, start, start*(1+math.cos(math.pi*pct))/2)}))+L(cbs))
     finally:
         self.splitter = splitter
-        if held: self.opt = None # its three groups are not those of `freeze`
+        if held: self.opt = None # its groups are not those of `freeze`
 
 # %% ../nbs/06_ssl.ipynb #c13ca002
 @patch

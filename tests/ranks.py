@@ -8,9 +8,9 @@ from torch import nn
 from fgsynth.data import Items, ssl_dls
 from fgsynth.distrib import Shuffle, gather, joined, rank, world
 from fgsynth.finches import draw_finches
-from fgsynth.models import Encoder
+from fgsynth.models import Encoder, MLPHead
 from fgsynth.run import methods
-from fgsynth.ssl import MoCoV2, SimSiam, SSLMethod, ssl_learner
+from fgsynth.ssl import MoCoV2, SimSiam, SimSiamModel, SSLMethod, ssl_learner
 from fgsynth.synth import synth_pairs
 
 torch.set_num_threads(1)
@@ -25,14 +25,14 @@ def flock(n):
 
 def two(x, *n): return [x, x.flip(3)] # views that nothing random is in
 
-def train(method, n, bs, epochs=2, still=False, bn=False, cbs=(), lr=.05):
+def train(method, n, bs, epochs, still=False, bn=False):
     "A learner after some epochs; `still`: images in their order, and noise of size 0"
     dls = ssl_dls(flock(n), size=32, bs=bs)
     if still: dls.train.shuffle = False
     torch.manual_seed(1)
     pairs = synth_pairs(sigma_cam=0, sigma_var=0, max_pairs=None, anchor='rec', augment='none', residual=False, beta=.5, decoder_width=8, update='joint') if still else synth_pairs(decoder_width=8)
-    learn = ssl_learner(dls, net(bn), method, cbs=[*pairs, *cbs], frozen_bn=not bn)
-    with learn.no_bar(), learn.no_logging(), learn.distrib_ctx(sync_bn=False, cpu=True) if world_size>1 else nullcontext(): learn.fit(epochs, lr)
+    learn = ssl_learner(dls, net(bn), method, cbs=pairs, frozen_bn=not bn)
+    with learn.no_bar(), learn.no_logging(), learn.distrib_ctx(sync_bn=False, cpu=True) if world_size>1 else nullcontext(): learn.fit(epochs, .05)
     return learn
 
 def state(learn, *leave): return {k:v for k,v in learn.model.state_dict().items() if isinstance(v, Tensor) and not any(o in k for o in leave)}
@@ -56,12 +56,11 @@ def alike(out):
 class Smooth(SimSiam):
     "SimSiam with heads that have no batch norm"
     def build(self, encoder, dls):
-        from fgsynth.models import MLPHead; from fgsynth.ssl import SimSiamModel
         return SimSiamModel(encoder, MLPHead(128, 64, 64), MLPHead(64, 16, 64))
 
 def everything():
     "All methods on real views, with images that do not come out even"
-    if world_size>1: setup = Learner(DataLoaders(device='cpu'), nn.Linear(1,1), loss_func=noop).distrib_ctx(cpu=True).__enter__() # the group
+    if world_size>1: Learner(DataLoaders(device='cpu'), nn.Linear(1,1), loss_func=noop).distrib_ctx(cpu=True).__enter__() # the group
     s = Shuffle(x := torch.randn(5, 3)+10*rank()); f = lambda o: o*2+1
     assert torch.equal(s.restore(f(s.images)), f(x)) and not torch.equal(s.images, x)
     assert sorted(gather(s.images)[:,0].tolist())==sorted(gather(x)[:,0].tolist())

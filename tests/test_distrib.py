@@ -59,14 +59,17 @@ def test_command(by, photos, tmp_path):
     r = train(2, photos, tmp_path/'run', '--epochs', 2, ok=False, by=by)
     assert r.returncode and 'already holds another run' in r.stderr
 
+def dying(folder, when):
+    "A script die.py that is fgsynth_train, and ends in the middle"
+    (folder/'die.py').write_text("import os, signal; from fastai.basics import *; from fgsynth import run; f = run.fit\n"
+        f"class Die(Callback):\n    order = 99\n    def after_batch(self):\n        {when}\n"
+        "run.fit = lambda l,s,cbs=None: f(l, s, L(cbs)+L(Die()))\nrun.fgsynth_train()")
+
 @pytest.mark.parametrize('first,then', [(2,1), (1,2)])
 def test_resume_with_another_number(first, then, photos, tmp_path):
     "A run that was killed in the middle of an epoch is taken up by more processes or fewer"
     out = tmp_path/'run'
-    kill = "import sys; from fastai.basics import *; from fgsynth import run; f = run.fit\n" \
-           "class Die(Callback):\n    order = 99\n    def after_batch(self):\n        if self.train_iter==3: raise SystemExit(3)\n" \
-           "run.fit = lambda l,s,cbs=None: f(l, s, L(cbs)+L(Die()))\nrun.fgsynth_train()"
-    (tmp_path/'die.py').write_text(kill)
+    dying(tmp_path, 'if self.train_iter==3: raise SystemExit(3)')
     args = ['--data', photos, *small, '--epochs', 3, '--out', out, '--save_every', 1]
     assert spread(first, tmp_path/'die.py', *args, ok=False).returncode
     assert 'seconds' not in json.loads((out/'settings.json').read_text())
@@ -76,9 +79,7 @@ def test_resume_with_another_number(first, then, photos, tmp_path):
 
 def test_a_process_that_dies(photos, tmp_path):
     "The others do not wait for it"
-    (tmp_path/'die.py').write_text("import os, signal; from fastai.basics import *; from fgsynth import run; f = run.fit\n"
-        "class Die(Callback):\n    order = 99\n    def after_batch(self):\n        if self.train_iter==2 and rank_distrib()==1: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "run.fit = lambda l,s,cbs=None: f(l, s, L(cbs)+L(Die()))\nrun.fgsynth_train()")
+    dying(tmp_path, 'if self.train_iter==2 and rank_distrib()==1: os.kill(os.getpid(), signal.SIGKILL)')
     start = time.time()
     r = spread(3, tmp_path/'die.py', '--data', photos, *small, '--epochs', 200, '--out', tmp_path/'run', ok=False)
     assert r.returncode and 'SIGKILL' in r.stderr and time.time()-start<120

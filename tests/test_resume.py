@@ -1,12 +1,11 @@
 "What is left after a training was killed, at any moment: all of it"
 import os, subprocess, sys
 import pytest, torch
-from conftest import root
+from conftest import call, root
 from fgsynth import run
 from fgsynth.data import get_dataset
 from fgsynth.resume import locked, read_checkpoint
 from safetensors.torch import load_file
-from test_cli import call
 import killed
 
 @pytest.fixture(scope='module')
