@@ -7,6 +7,7 @@ __all__ = ['features', 'Probe', 'fit_probe', 'top_k', 'probe_features', 'linear_
 
 # %% ../nbs/08_evaluate.ipynb #de36925a
 import math
+from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 from torch import nn, Tensor
@@ -15,6 +16,7 @@ from fastcore.all import patch
 from fastai.learner import Learner
 from .core import InputError, check_name
 from .models import eval_mode
+from .distrib import gather_any, own_share, sum_of_all, world
 from .data import label_fraction, load_images, float_images
 from .augment import Views
 
@@ -35,13 +37,16 @@ def features(
     bs:int=256, # Images at a time
     size:int=None, # Side in pixels to which images are resized; None: as they are
     device=None, # Where the encoder runs; None: where it is
+    spread:bool=False, # Of several processes, all of which call this: each takes its share of the images and gets the features of all
 )->Tensor: # (N, d) float32 on the CPU
     "Features of all images in eval mode, without gradients"
     if device is None: device = next((p.device for p in [*encoder.parameters(), *encoder.buffers()]), 'cpu')
     else: encoder.to(device)
+    if spread and isinstance(images, torch.utils.data.DataLoader): raise InputError("A DataLoader cannot be spread over processes: give a tensor of images or a list of paths.")
+    if spread := spread and len(images)>=world(): images = images[own_share(len(images))]
     with eval_mode(encoder): zs = [encoder(float_images(x.to(device, non_blocking=True), size)).float().cpu() for x in _batches(images, bs, size)]
     if not zs: raise InputError("There are no images to take features of.")
-    return torch.cat(zs)
+    return gather_any(torch.cat(zs).to(device)).cpu() if spread else torch.cat(zs)
 
 # %% ../nbs/08_evaluate.ipynb #39ffb09f
 def _check(z, y, what=''):
@@ -152,12 +157,13 @@ def linear_probe(
     top5:bool=False, # Return `(top1, top5)`?
     bs:int=256, # Batch size (appendix B.3: 256)
     device=None, # Where the encoder runs; None: where it is
+    spread:bool=False, # As in `features`; the crops of `augment` are not spread
 ): # Top-1 in percent, or the pair
     "Linear probe of a frozen encoder by the protocol of the paper's appendix B.3"
     x,y,good = _split(items, 'train', size); xt,yt,_ = _split(items, 'test', size)
     keep = torch.isin(good, label_fraction(items, pct, seed))
     x,y = x[keep],y[keep]
-    f = lambda x: features(encoder, x, device=device)
+    f = lambda x: features(encoder, x, device=device, spread=spread)
     z,zt = f(x),f(xt)
     kw = dict(seed=seed, epochs=epochs, lr=lr, schedule=schedule, bs=bs, top5=top5, n_classes=int(max(y.max(), yt.max()))+1)
     if not augment: return probe_features(z, y, zt, yt, **kw)
@@ -169,41 +175,50 @@ def linear_probe(
         return probe_features(z, y, zt, yt, draw=draw, **kw)
 
 # %% ../nbs/08_evaluate.ipynb #c0f93269
+def _sort_rows(s):
+    "A matrix with each row sorted, rising; on the CPU in place, and by NumPy, whose sort is many times faster than torch's"
+    if s.device.type!='cpu': return s.sort(1).values
+    n = torch.get_num_threads()
+    with ThreadPoolExecutor(n) as pool: list(pool.map(lambda a: a.sort(1), np.array_split(s.numpy(), n)))
+    return s
+
 @torch.no_grad()
 def retrieval(
     z:Tensor, # (N, d) features of the queries
     y:Tensor, # (N,) their labels
     gallery:Tensor=None, # (M, d) features to search; None: the queries themselves, each left out of its own search
     gallery_y:Tensor=None, # (M,) labels of the gallery
-    bs:int=None, # Queries at a time; None: as many as give 16 million similarities
+    bs:int=None, # Queries at a time; None: as many as give 8 million similarities
+    spread:bool=False, # Of several processes, all of which call this with the same features: each takes its share of the queries
 )->dict: # 'rank1', 'rank5' and 'map' in percent, 'queries' (answered) and 'skipped' (no image of their class in the gallery)
     "Exact retrieval by cosine similarity: rank-1, rank-5 and mean average precision"
     z,y = _check(z, y); own = gallery is None
     if not own and gallery_y is None: raise InputError("The gallery has no labels: pass `gallery_y`.")
     g,gy = (z,y) if own else _check(gallery, gallery_y, 'gallery ')
     unit = lambda o: F.normalize(o.double(), dim=1).float()
-    z,g,gy = unit(z),unit(g.to(z.device)),gy.to(z.device)
-    m = len(g)
-    tot,n = torch.zeros(3, dtype=torch.float64, device=z.device), 0
-    for i in torch.arange(len(z), device=z.device).split(bs or max(1, 2**24//m)):
-        hit = y[i][:,None]==gy
-        if own: hit[torch.arange(len(i)), i] = False
-        key = (z[i]@g.T).mul_(2**22).round_().int().mul_(2).sub_(hit.int())
-        if own: key[torch.arange(len(i)), i] = -2**30                    # the query itself: last, and even
-        n_pos = hit.sum(1); n_pos = n_pos[n_pos>0]
-        if not len(n_pos): continue
-        key = torch.from_numpy(np.sort(key.numpy(), 1)) if key.device.type=='cpu' else key.sort(1).values
-        place = m - (key & 1).bool().nonzero()[:,1]                          # of the right images, query by query, the worst first
-        end = n_pos.cumsum(0)
-        q = torch.arange(len(n_pos), device=z.device).repeat_interleave(n_pos)
-        right = end[q] - torch.arange(len(q), device=z.device)               # right images down to and including each
-        best = place[end-1]
-        ap = torch.zeros(len(n_pos), dtype=torch.float64, device=z.device).index_add_(0, q, right.double()/place)/n_pos
-        tot += torch.stack([best<=1, best<=5, ap]).sum(1)
-        n += len(n_pos)
+    z,g,gy,m = unit(z)*2**22,unit(g.to(z.device)),gy.to(z.device),len(g)
+    gy,order = gy.sort(stable=True); g = g[order]                            # each class is a run of columns
+    first,last = torch.searchsorted(gy, y),torch.searchsorted(gy, y, right=True)
+    me = order.argsort()                                                     # the column of each query, if `own`
+    tot,todo = torch.zeros(4, dtype=torch.float64, device=z.device), y.argsort()
+    if spread: todo = todo[own_share(len(todo))]
+    for i in todo.split(bs or max(1, 2**23//m)):
+        s = (z[i]@g.T).round_()
+        if own: s[torch.arange(len(i), device=z.device), me[i]] = -torch.inf
+        found = last[i]-first[i]
+        if not (p := int(found.max())): continue
+        col = torch.arange(p, device=z.device)
+        right = s.gather(1, (first[i][:,None]+col).clamp_(max=m-1)).masked_fill_(col>=found[:,None], -torch.inf)
+        right,s,n_pos = _sort_rows(right),_sort_rows(s),found-int(own)       # the query itself and what fills up stand in front
+        nth = p-col                                                          # of the right images, from the nearest
+        place = nth + (m-torch.searchsorted(s, right)) - (p-torch.searchsorted(right, right)) # behind all wrong ones that are at least as similar
+        ap = (nth/place.double()).where(nth<=n_pos[:,None], 0).sum(1)/n_pos.clamp(min=1)
+        best = place[:,-1].where(n_pos>0, m+6)
+        tot += torch.stack([best<=1, best<=5, ap, n_pos>0]).sum(1)
+    if spread: tot = sum_of_all(tot)
+    *r,n = tot.tolist()
     if not n: raise InputError("No query has another image of its class to find: retrieval needs classes with at least two images.")
-    r = (100*tot/n).tolist()
-    return dict(rank1=r[0], rank5=r[1], map=r[2], queries=n, skipped=len(z)-n)
+    return dict(zip(('rank1','rank5','map'), (100*o/n for o in r))) | dict(queries=int(n), skipped=len(z)-int(n))
 
 # %% ../nbs/08_evaluate.ipynb #6b4ffb86
 def _vote(
@@ -267,12 +282,13 @@ def evaluate(
     device=None, # Where the encoder runs; None: where it is
     progress=None, # Called with one line of text after each stage, for example `print`
     decoder:nn.Module=None, # Features (b, d) to images (b, 3, S, S): also ask what is still there after decoding
+    spread:bool=False, # Of several processes, all of which call this: each takes its share of images and queries
     **kw, # Passed to `fit_probe`
 )->dict: # 'top1_100', 'top1_50', 'top1_20' (by `pcts`), 'rank1', 'rank5', 'map', 'rank1_gallery', 'map_gallery', 'knn', with a decoder 'decoded_top1', in percent
     "Linear probe, retrieval and kNN from one pass over the images"
     say = progress or (lambda s: None)
     x,y,good = _split(items, 'train', size); xt,yt,_ = _split(items, 'test', size)
-    z,zt = (features(encoder, o, bs=bs, device=device) for o in (x,xt))
+    z,zt = (features(encoder, o, bs=bs, device=device, spread=spread) for o in (x,xt))
     say(f'features of {len(z):,} training and {len(zt):,} test images')
     res,n_classes = {}, int(max(y.max(), yt.max()))+1
     for p in pcts:
@@ -283,7 +299,7 @@ def evaluate(
             dev = next(decoder.parameters()).device
             with torch.no_grad(), eval_mode(decoder): res['decoded_top1'] = top_k(probe(torch.cat([features(encoder, decoder(o.to(dev)), device=device) for o in zt.split(bs)])), yt)
         say(f'linear probe, {100*p:g} % of the labels: {res[k]:.1f}')
-    r,g = retrieval(zt, yt), retrieval(zt, yt, z, y)
+    r,g = retrieval(zt, yt, spread=spread), retrieval(zt, yt, z, y, spread=spread)
     res.update(rank1=r['rank1'], rank5=r['rank5'], map=r['map'], rank1_gallery=g['rank1'], map_gallery=g['map'], knn=knn(z, y, zt, yt))
     say(f"retrieval: rank-1 {r['rank1']:.1f}, rank-5 {r['rank5']:.1f}, mAP {r['map']:.1f}")
     return res
@@ -295,10 +311,10 @@ def _of(learn):
     if enc is None: raise InputError("The learner's model has no `encoder`: build it with `ssl_learner`, or call the functions of `fgsynth.evaluate` with the network itself.")
     return enc, dict(size=getattr(learn.dls, 'size', None), device=getattr(learn.dls, 'device', None))
 
-def _feats(encoder, items, split, size=None, device=None):
+def _feats(encoder, items, split, size=None, **kw):
     "Features and labels of one split"
     x,y,_ = _split(items, split, size)
-    return features(encoder, x, device=device), y
+    return features(encoder, x, **kw), y
 
 @patch
 def linear_probe(self:Learner,
@@ -315,20 +331,20 @@ def retrieval(self:Learner,
     items, # `Items` with labels
     split:str='test', # Split of the queries: 'test' or 'train'
     gallery:str=None, # Split of the gallery; None: the queries themselves, each left out of its own search (as in the paper)
-    **kw, # `size`, `device`, or `bs` of `retrieval`
+    **kw, # `size`, `device`, `spread`, or `bs` of `retrieval`
 )->dict: # As `retrieval`
     "Retrieval with the encoder being trained"
     enc,d = _of(self); bs = kw.pop('bs', None); d.update(kw)
     for s in (split, gallery or split): check_name(s, ['train','test'], 'split')
     own = gallery in (None, split)
-    return retrieval(*_feats(enc, items, split, **d), *(() if own else _feats(enc, items, gallery, **d)), bs=bs)
+    return retrieval(*_feats(enc, items, split, **d), *(() if own else _feats(enc, items, gallery, **d)), bs=bs, spread=d.get('spread', False))
 
 @patch
 def knn(self:Learner,
     items, # `Items` with labelled training and test images
     k:int=20, # Neighbours that vote
     temperature:float=0.07, # Of their weights
-    **kw, # `size`, `device`
+    **kw, # `size`, `device`, `spread`
 )->float: # Top-1 in percent
     "kNN top-1 of the encoder being trained"
     enc,d = _of(self); d.update(kw)

@@ -19,7 +19,7 @@ import fgsynth
 from . import byol, dino, simclr # they enter themselves in `methods`
 from .core import InputError, check_name
 from .data import Items, float_images, get_dataset, labelled_dls, ssl_dls
-from .distrib import engine, rank
+from .distrib import engine, join_processes, rank
 from .finches import SPECIES, draw_finches
 from .evaluate import evaluate
 from .explore import Explorer
@@ -404,9 +404,10 @@ def evaluate_run(
     if 'seconds' not in s: raise InputError(f"The run in {str(run)!r} is not complete: go on with it by fgsynth_train --resume.")
     if data is None: data,path = s['data'],path or s['path']
     items = _items(data, path, s['size'])
-    encoder = load_encoder(run/'encoder.safetensors')
+    encoder = load_encoder(run/'encoder.safetensors').to(join_processes())
     row = dict(method=s['method'], synth=s['synth'], seed=s['seed'], epochs=s['epochs'], data=items.name,
-               **evaluate(encoder, items, s['size'], seed=seed, progress=print), seconds=s['seconds'])
+               **evaluate(encoder, items, s['size'], seed=seed, progress=noop if rank() else print, spread=True), seconds=s['seconds'])
+    if rank(): return row                                                    # the first process writes
     _write_csv(run/'metrics.csv', [row])
     _neighbours(encoder, items, s['size'], run); notes = _attention(encoder, items, s['size'])
     write_report(run, f"{s['method']}, synthesized pairs: {s['synth']}, on {items.name}", s, [row], notes)

@@ -221,7 +221,7 @@ def attention_maps(
 ): # (B, S, S) in [0, 1]
     "Where an encoder looks to recognise an image as itself (Fig. 3)"
     import pytorch_grad_cam
-    x = x.as_subclass(Tensor).detach().float()
+    x = x.as_subclass(Tensor).detach().float().to(next(encoder.parameters()).device)
     name,_,pre = spatial_layer(encoder, x.shape[-1], min_side)
     net = deepcopy(nn.Sequential(encoder, head or nn.Identity())).eval().requires_grad_(True)
     for m in net.modules():
@@ -286,7 +286,6 @@ def attention_on_parts(
     split:str='test', # 'test' or 'train'
     n:int=200, # Images
     tolerance:int=0, # The peak may miss the mask by so many pixels
-    device=None, # Where the encoder runs; None: where it is
     **kw, # Passed to `attention_maps`
 )->dict: # As `attention_on`
     "How much of an encoder's attention falls on the parts that tell the classes apart"
@@ -294,7 +293,7 @@ def attention_on_parts(
     if masks is None: raise InputError(f"{items.name} has no masks of the parts that matter: of the built-in data sets only the finches have.")
     x,good = items.load(split, size)
     x,masks = x[:n],F.interpolate((masks[good][:n,None]>0).float(), size)[:,0]
-    return attention_on(torch.cat([attention_maps(encoder, float_images(o.to(device)), **kw) for o in x.split(64)]), masks, tolerance)
+    return attention_on(torch.cat([attention_maps(encoder, float_images(o), **kw) for o in x.split(64)]), masks, tolerance)
 
 @patch
 def attention_on_parts(self:Learner,
@@ -303,7 +302,7 @@ def attention_on_parts(self:Learner,
 )->dict: # As `attention_on`
     "How much of the encoder's attention, through its projector, falls on the parts that tell the classes apart"
     net = get_model(self.model)
-    return attention_on_parts(net.encoder, items, self.dls.size, device=self.dls.device, head=net.projector, **kw)
+    return attention_on_parts(net.encoder, items, self.dls.size, head=net.projector, **kw)
 
 # %% ../nbs/09_show.ipynb #41c095b4
 def show_variance(

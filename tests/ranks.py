@@ -6,7 +6,8 @@ from fastai.basics import *
 from fastai.distributed import *
 from torch import nn
 from fgsynth.data import Items, ssl_dls
-from fgsynth.distrib import Shuffle, gather, joined, rank, world
+from fgsynth.distrib import Shuffle, gather, join_processes, joined, rank, world
+from fgsynth.evaluate import evaluate, features
 from fgsynth.finches import draw_finches
 from fgsynth.models import Encoder, MLPHead
 from fgsynth.run import methods
@@ -77,8 +78,26 @@ def everything():
             assert gather(terms).view(world(), -1).diff(dim=0).abs().max()<1e-6, 'columns differ'
             if rank()==0: print(name, 'batch norm' if bn else 'no batch norm', [f'{o:.3f}' for o in terms.tolist()])
 
+def measures(out):
+    "What `evaluate` says of images that do not come out even, one file among them unreadable"
+    from PIL import Image
+    dev = join_processes()
+    data,folder = flock(90),Path(out).parent/f'files{world_size}'
+    if rank()==0:
+        folder.mkdir()
+        for i,x in enumerate(data.train[:23]): Image.fromarray(x.permute(1,2,0).numpy()).save(folder/f'{i:02}.png')
+        (folder/'07.png').write_bytes(b'not an image')
+    if world_size>1: dist.barrier()
+    items = Items('flock', data.train[:50], data.train[50:87], data.train_labels[:50], data.train_labels[50:87], data.classes)
+    enc = net().to(dev)
+    res = {k:tensor(v) for k,v in evaluate(enc, items, 32, bs=16, spread=True).items()}
+    res['files'] = features(enc, sorted(folder.glob('*.png')), bs=4, size=32, spread=True)
+    res['two'] = features(enc, data.train[:2], spread=True)                   # fewer than processes
+    for k,v in res.items(): assert gather(v[None]).eq(v).all(), k
+    if rank()==0: torch.save(res, out)
+
 if __name__=='__main__':
     warnings.simplefilter('ignore')
     what,*args = sys.argv[1:]
-    dict(alike=alike, everything=everything)[what](*args)
+    dict(alike=alike, everything=everything, measures=measures)[what](*args)
     if world_size>1: dist.destroy_process_group()

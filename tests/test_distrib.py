@@ -17,19 +17,29 @@ def spread(n, *args, ok=True, by='torchrun', **kw):
     if ok: assert r.returncode==0, r.stdout[-2000:] + r.stderr[-5000:]
     return r
 
+def by_ranks(what, n, folder):
+    "What a function of ranks.py has written in so many processes"
+    spread(n, here/'ranks.py', what, folder/f'{what}{n}.pt')
+    return torch.load(folder/f'{what}{n}.pt')
+
 @pytest.fixture(scope='module')
 def alone(tmp_path_factory):
-    f = tmp_path_factory.mktemp('alone')/'one.pt'
-    spread(1, here/'ranks.py', 'alike', f)
-    return torch.load(f)
+    folder = tmp_path_factory.mktemp('alone')
+    return {what:by_ranks(what, 1, folder) for what in ('alike','measures')}
 
 @pytest.mark.parametrize('n', [2, 3])
 def test_like_one_process(alone, n, tmp_path):
     "Three steps of three methods with pairs: weights, queue and loss terms are those of one process on all images"
-    spread(n, here/'ranks.py', 'alike', tmp_path/'n.pt')
-    got = torch.load(tmp_path/'n.pt')
-    assert got.keys()==alone.keys() and len(got)>90
-    for k in alone: torch.testing.assert_close(got[k].double(), alone[k].double(), rtol=1e-5, atol=1e-6, msg=lambda m: f'{k}: {m}')
+    got,one = by_ranks('alike', n, tmp_path),alone['alike']
+    assert got.keys()==one.keys() and len(got)>90
+    for k in one: torch.testing.assert_close(got[k].double(), one[k].double(), rtol=1e-5, atol=1e-6, msg=lambda m: f'{k}: {m}')
+
+@pytest.mark.parametrize('n', [2, 3])
+def test_measures_of_shares(alone, n, tmp_path):
+    "Images and queries shared out: every measure is that of one process"
+    got,one = by_ranks('measures', n, tmp_path),alone['measures']
+    assert got.keys()==one.keys() and one['files'].shape[0]==22
+    for k in one: torch.testing.assert_close(got[k], one[k], rtol=1e-6, atol=1e-6, msg=lambda m: f'{k}: {m}')
 
 def test_every_method(n=3):
     "Random views and noise, images that do not come out even, batch norm: memory and weights are the same everywhere, random numbers are not"
