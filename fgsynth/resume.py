@@ -10,7 +10,7 @@ import inspect, itertools, math, os, random, re, time, warnings, zipfile
 from contextlib import contextmanager, suppress
 from filelock import FileLock, Timeout
 from fastai.basics import *
-from .core import InputError
+from .core import InputError, load_tensors
 from .distrib import draw_apart, rank, world
 
 # %% ../nbs/10_resume.ipynb #e9cff8d7
@@ -79,9 +79,11 @@ def read_checkpoint(
     for f in reversed(fs):
         try:
             with zipfile.ZipFile(f) as z: bad = z.testzip()
-            if bad is None: return torch.load(f, map_location='cpu', weights_only=True)
-        except Exception: pass
-        warnings.warn(f"The checkpoint {f} is damaged and passed over.")
+            if bad is None: return load_tensors(f)
+            why = 'is damaged'
+        except InputError as e: why = str(e).removeprefix(f'{str(f)!r} ').rstrip('.')
+        except Exception: why = 'is damaged'
+        warnings.warn(f"The checkpoint {f} {why}. It is passed over.")
     if fs: raise InputError(f"None of the checkpoints in {str(folder)!r} can be read: delete the folder to start from the beginning.")
 
 # %% ../nbs/10_resume.ipynb #3bc01ed4
