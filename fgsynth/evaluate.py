@@ -196,14 +196,14 @@ def retrieval(
     if not own and gallery_y is None: raise InputError("The gallery has no labels: pass `gallery_y`.")
     g,gy = (z,y) if own else _check(gallery, gallery_y, 'gallery ')
     unit = lambda o: F.normalize(o.double(), dim=1).float()
-    z,g,gy,m = unit(z)*2**22,unit(g.to(z.device)),gy.to(z.device),len(g)
-    gy,order = gy.sort(stable=True); g = g[order]                            # each class is a run of columns
+    gy,order = gy.to(z.device).sort(stable=True); m = len(g)                 # each class is a run of columns
+    g = torch.cat([unit(g[o].to(z.device)) for o in order.split(2**14)])
     first,last = torch.searchsorted(gy, y),torch.searchsorted(gy, y, right=True)
     me = order.argsort()                                                     # the column of each query, if `own`
     tot,todo = torch.zeros(4, dtype=torch.float64, device=z.device), y.argsort()
     if spread: todo = todo[own_share(len(todo))]
     for i in todo.split(bs or max(1, 2**23//m)):
-        s = (z[i]@g.T).round_()
+        s = (unit(z[i])*2**22@g.T).round_()
         if own: s[torch.arange(len(i), device=z.device), me[i]] = -torch.inf
         found = last[i]-first[i]
         if not (p := int(found.max())): continue
