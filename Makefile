@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test bench export clean readme docs preview hooks distclean
+.PHONY: help install demo test coverage bench export clean readme docs preview hooks distclean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ demo: $(READY)  ## the main job on drawn finches: a table, and pictures and repo
 
 test: $(READY)  ## notebooks and modules agree, all notebooks run, pytest; ends with "N passed, N failed"
 	@$(BIN)/python tools/check.py
+
+coverage: $(READY)  ## the tests again, on the modules, and how many of their lines they run
+	@$(BIN)/python tools/check.py --coverage
 
 bench: $(READY)  ## time everything, here and in other libraries (half an hour on two cores); keeps results/bench/*.json
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r benchmarks/requirements.txt

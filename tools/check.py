@@ -1,4 +1,5 @@
-"""What `make test` runs: notebooks and modules agree, every notebook runs, pytest. Ends with `N passed, N failed`."""
+"""What `make test` runs: notebooks and modules agree, every notebook runs, pytest. Ends with `N passed, N failed`.
+With --coverage, what `make coverage` runs: the same, on the modules (see as_module.py), and then how many of their lines were run."""
 import difflib, os, shutil, signal, subprocess, sys, tempfile, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -68,10 +69,13 @@ def agreement(nbs):
         rc,out = sh(bin_/'nbdev_clean', cwd=d)
         report('notebooks are clean', out if rc else compare(d, nbs, 'make clean'))
 
+measure = [sys.executable, '-m', 'coverage', 'run'] if '--coverage' in sys.argv else []
+
 def run_nb(nb, threads):
     "Run one notebook by `nbdev_test` in a process of its own; a failure comes with its traceback"
     start = time.time()
-    rc,out = sh(bin_/'nbdev_test', '--path', nb, '--n_workers', '0', OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads))
+    how = [*measure, root/'tools/as_module.py', nb] if measure else [bin_/'nbdev_test', '--path', nb, '--n_workers', '0']
+    rc,out = sh(*how, OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads))
     report(nb, (out or f'nbdev_test ended with exit code {rc}') if rc else '', time.time()-start,
            'not run' if 'No files were eligible' in out else 'ok')
 
@@ -90,7 +94,7 @@ def run_pytest():
     if not (root/'tests').exists(): return 0,0
     with tempfile.TemporaryDirectory() as d:
         xml = Path(d)/'junit.xml'
-        r = subprocess.run([sys.executable, '-m', 'pytest', 'tests', '-q', '-rs', '--continue-on-collection-errors', f'--junitxml={xml}'], cwd=root, stdin=subprocess.DEVNULL)
+        r = subprocess.run([*(measure or [sys.executable]), '-m', 'pytest', 'tests', '-q', '-rs', '--continue-on-collection-errors', f'--junitxml={xml}'], cwd=root, stdin=subprocess.DEVNULL)
         if not xml.exists(): return 0,1
         n = {k: sum(int(s.get(k,0)) for s in ElementTree.parse(xml).getroot().iter('testsuite'))
              for k in ('tests','failures','errors','skipped')}
@@ -102,10 +106,13 @@ def main():
     n,bad = 0,1
     try:
         os.chdir(root)
+        if measure: os.environ |= dict(COVERAGE_FILE=str(root/'.coverage'), COVERAGE_RCFILE=str(root/'pyproject.toml'))
         nbs = notebooks()
         agreement(nbs)
         run_nbs(nbs)
         n,bad = run_pytest()
+        if measure:
+            for o in ('combine','--quiet'),('report',): subprocess.run([*measure[:-1], *o])
     except KeyboardInterrupt: print('Interrupted.')
     finally:
         if failed: print('Failed: ' + ', '.join(map(str, failed)))

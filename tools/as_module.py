@@ -1,0 +1,31 @@
+"""Run a notebook's tests on the module that it exports: `as_module.py NOTEBOOK`.
+`nbdev_test` runs what the cells say, so the module's file is not looked at. Here every exported cell but those with imports becomes an import from the module:
+what measures coverage, or changes a line to see whether a test notices, then sees the file that users import."""
+import ast, re, sys
+from pathlib import Path
+import nbdev.test
+
+root = Path(__file__).resolve().parent.parent
+
+def bound(source):
+    "Names that the code binds, and whether it does nothing but import"
+    body = ast.parse(source).body
+    targets = [t for o in body if isinstance(o, (ast.Assign,ast.AnnAssign)) for t in (o.targets if isinstance(o, ast.Assign) else [o.target])]
+    names = [o.name for o in body if isinstance(o, (ast.FunctionDef,ast.ClassDef))] + [n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
+    return list(dict.fromkeys(names)), all(isinstance(o, (ast.Import,ast.ImportFrom)) for o in body)
+
+class FromModule(nbdev.test.NBProcessor):
+    "A notebook whose exported cells are imports"
+    def __init__(self, *args, **kw):
+        super().__init__(*args, **kw)
+        cells = [c for c in self.nb.cells if c.cell_type=='code']
+        exp = [m[1] for c in cells for m in re.finditer(r'^#\s*\|\s*default_exp\s+(\S+)', c.source, re.M)] or [c.directives_['default_exp'][0] for c in cells if 'default_exp' in c.directives_]
+        for c in cells:
+            if not (exp and {'export','exporti','exports'} & c.directives_.keys()): continue
+            names,imports = bound(c.source)
+            if not imports: c.source = f"from fgsynth.{exp[0]} import {', '.join(names)}" if names else ''
+
+if __name__=='__main__':
+    nbdev.test.NBProcessor = FromModule
+    ok,_ = nbdev.test.test_nb(Path(sys.argv[1]).resolve(), skip_flags=nbdev.test.get_config().tst_flags.split(), basepath=root)
+    sys.exit(not ok)
