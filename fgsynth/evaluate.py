@@ -8,6 +8,7 @@ __all__ = ['features', 'Probe', 'fit_probe', 'top_k', 'probe_features', 'linear_
 # %% ../nbs/08_evaluate.ipynb #de36925a
 import math
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 import numpy as np
 import torch
 from torch import nn, Tensor
@@ -141,6 +142,15 @@ def _split(items, split, size):
     x,good = items.load(split, size) if hasattr(items, 'load') else load_images(images, size)
     return x, torch.as_tensor(y).long()[good], good
 
+def _fresh(encoder, x, seed, scale=(0.08,1.), ratio=(3/4,4/3), flip=0.5, bs=256):
+    "A function from indices to features of new random crops, and the context in which they are drawn"
+    views = Views(x.shape[-1], n=1, scale=scale, ratio=ratio, flip=flip, p_jitter=0, p_grey=0, p_blur=0)
+    dev = next((p.device for p in encoder.parameters()), torch.device('cpu'))
+    @contextmanager
+    def seeded():
+        with torch.random.fork_rng([dev] if dev.type=='cuda' else []): torch.manual_seed(seed); yield
+    return lambda i: features(encoder, views(float_images(x[i].to(dev)))[0], bs=bs), seeded()
+
 def linear_probe(
     encoder:nn.Module, # Maps images (B, 3, S, S) in [0, 1] to (B, d); it is not trained
     items, # `Items` with labelled training and test images
@@ -167,12 +177,8 @@ def linear_probe(
     z,zt = f(x),f(xt)
     kw = dict(seed=seed, epochs=epochs, lr=lr, schedule=schedule, bs=bs, top5=top5, n_classes=int(max(y.max(), yt.max()))+1)
     if not augment: return probe_features(z, y, zt, yt, **kw)
-    views = Views(x.shape[-1], n=1, scale=scale, ratio=ratio, flip=flip, p_jitter=0, p_grey=0, p_blur=0)
-    dev = next((p.device for p in encoder.parameters()), torch.device('cpu'))
-    def draw(i): return features(encoder, views(float_images(x[i].to(dev)))[0], bs=bs)
-    with torch.random.fork_rng([dev] if dev.type=='cuda' else []):
-        torch.manual_seed(seed)
-        return probe_features(z, y, zt, yt, draw=draw, **kw)
+    draw,seeded = _fresh(encoder, x, seed, scale, ratio, flip, bs)
+    with seeded: return probe_features(z, y, zt, yt, draw=draw, **kw)
 
 # %% ../nbs/08_evaluate.ipynb #c0f93269
 def _sort_rows(s):
@@ -283,6 +289,8 @@ def evaluate(
     progress=None, # Called with one line of text after each stage, for example `print`
     decoder:nn.Module=None, # Features (b, d) to images (b, 3, S, S): also ask what is still there after decoding
     spread:bool=False, # Of several processes, all of which call this: each takes its share of images and queries
+    augment:bool=False, # The probe by the full protocol, through new random crops in every epoch (`linear_probe`)? The encoder then sees the training images 100 times more often
+    flip:float=0.5, # Probability of mirroring these crops; 0 for images such as traffic signs
     **kw, # Passed to `fit_probe`
 )->dict: # 'top1_100', 'top1_50', 'top1_20' (by `pcts`), 'rank1', 'rank5', 'map', 'rank1_gallery', 'map_gallery', 'knn', with a decoder 'decoded_top1', in percent
     "Linear probe, retrieval and kNN from one pass over the images"
@@ -293,7 +301,8 @@ def evaluate(
     res,n_classes = {}, int(max(y.max(), yt.max()))+1
     for p in pcts:
         i,k = torch.isin(good, label_fraction(items, p, seed)), f'top1_{100*p:g}'
-        probe = fit_probe(z[i], y[i], n_classes, seed=seed, **kw)
+        draw,seeded = _fresh(encoder, x[i], seed, flip=flip) if augment else (None, nullcontext())
+        with seeded: probe = fit_probe(z[i], y[i], n_classes, seed=seed, draw=draw, **kw)
         with torch.no_grad(): res[k] = top_k(probe(zt), yt)
         if decoder is not None and p==max(pcts):
             dev = next(decoder.parameters()).device

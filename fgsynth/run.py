@@ -398,6 +398,8 @@ def evaluate_run(
     data:str=None, # Labelled data set to evaluate on; by default the one it was trained on
     path:str=None, # Where that data set lies
     seed:int=0, # Chooses the labelled images of the 50 and 20 % probes
+    augment:store_true=False, # The linear probe by the paper's full protocol: new random crops of the training images in each of its 100 epochs
+    flip:float=0.5, # Probability of mirroring these crops; 0 for images such as traffic signs
 )->dict: # The row that was written to metrics.csv
     "Measure a run's encoder by linear probe (100, 50, 20 % of the labels) and retrieval"
     run,s = Path(run),_run_info(run)
@@ -406,7 +408,7 @@ def evaluate_run(
     items = _items(data, path, s['size'])
     encoder = load_encoder(run/'encoder.safetensors').to(join_processes())
     row = dict(method=s['method'], synth=s['synth'], seed=s['seed'], epochs=s['epochs'], data=items.name,
-               **evaluate(encoder, items, s['size'], seed=seed, progress=noop if rank() else print, spread=True), seconds=s['seconds'])
+               **evaluate(encoder, items, s['size'], seed=seed, progress=noop if rank() else print, spread=True, augment=augment, flip=flip), seconds=s['seconds'])
     if rank(): return row                                                    # the first process writes
     _write_csv(run/'metrics.csv', [row])
     _neighbours(encoder, items, s['size'], run); notes = _attention(encoder, items, s['size'])

@@ -1,0 +1,109 @@
+"""Change one thing at a time in a module and see whether a test notices: `mutants.py losses perturb evaluate ssl synth`.
+The changes are those of cosmic-ray, one replacement for each operator; the judges are the module's notebook, run on the module (as_module.py), and pytest files.
+Everything slow is imported once, and each mutant is tried in a fork. What was found is kept in results/mutants/MODULE.json, and only what is missing is run."""
+import argparse, difflib, importlib.util, json, os, random, re, signal, sys, time
+from importlib.machinery import SourceFileLoader
+from pathlib import Path
+
+os.environ |= dict(OMP_NUM_THREADS='1', MPLBACKEND='agg', PYTHONWARNINGS='ignore', IN_TEST='1')
+root = Path(__file__).resolve().parent.parent
+judges = dict(losses=['nbs/04_losses.ipynb','tests/test_properties.py'], perturb=['nbs/05_perturb.ipynb','tests/test_properties.py'], evaluate=['nbs/08_evaluate.ipynb','tests/test_properties.py'],
+              ssl=['nbs/06_ssl.ipynb','tests/test_properties.py'], synth=['nbs/07_synth.ipynb','nbs/paper/method.ipynb','tests/test_properties.py'])
+operators = ['NumberReplacer','AddNot','ReplaceTrueWithFalse','ReplaceFalseWithTrue','ReplaceAndWithOr','ReplaceOrWithAnd','ZeroIterationForLoop','RemoveDecorator','ExceptionReplacer',
+             *(f'ReplaceBinaryOperator_{o}' for o in 'Add_Sub Sub_Add Mul_Div Div_Mul Pow_Mul FloorDiv_Div Mod_Mul BitAnd_BitOr BitOr_BitAnd'.split()),
+             *(f'ReplaceComparisonOperator_{o}' for o in 'Eq_NotEq NotEq_Eq Lt_LtE LtE_Lt Gt_GtE GtE_Gt Is_IsNot IsNot_Is'.split()),
+             'ReplaceUnaryOperator_Delete_Not','ReplaceUnaryOperator_USub_UAdd','ReplaceBreakWithContinue','ReplaceContinueWithBreak']
+
+def mutants(module):
+    "Every change as (operator, line of the diff, source)"
+    from cosmic_ray.mutating import mutate_code
+    from cosmic_ray.plugins import get_operator
+    src = (root/f'fgsynth/{module}.py').read_text(encoding='utf-8'); seen = {src}
+    head = src.index('# %%', src.index('__all__')) # what is above names the exported, and does nothing
+    for op in operators:
+        for i in range(10**6):
+            try: new = mutate_code(src, get_operator(f'core/{op}')(), i)
+            except Exception: continue
+            if new is None: break
+            if new in seen or new[:head]!=src[:head] or re.sub(r'(?<=[(=])\+1(?=[,)])', '-1', new)==src: continue # of a matrix, dimension 1 is dimension -1
+            seen.add(new)
+            lines = [l for l in difflib.unified_diff(src.splitlines(), new.splitlines(), n=0, lineterm='') if l[:1] in '-+@' and l[:3] not in ('---','+++')]
+            yield op, '\n'.join(lines), new
+
+class Mutated(SourceFileLoader):
+    "The module with another text"
+    def __init__(self, name, path, text): super().__init__(name, path); self.text = text
+    def get_code(self, name): return compile(self.text, self.path, 'exec')
+
+class Finder:
+    def __init__(self, module, text): self.name,self.path,self.text = f'fgsynth.{module}',str(root/f'fgsynth/{module}.py'),text
+    def find_spec(self, name, path=None, target=None):
+        if name==self.name: return importlib.util.spec_from_loader(name, Mutated(name, self.path, self.text), origin=self.path)
+
+def judge(f):
+    "Do the tests in this file pass?"
+    if f.endswith('.py'):
+        import pytest
+        return pytest.main(['-q', '-x', '-p', 'no:cacheprovider', str(root/f)])==0
+    import nbdev.test, as_module
+    nbdev.test.NBProcessor = as_module.FromModule
+    return nbdev.test.test_nb(root/f, showerr=False, basepath=root)[0]
+
+def start(module, text, f):
+    "Begin to judge a text in a process of its own"
+    pid = os.fork()
+    if pid: return pid
+    os.setsid()
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in (0,1,2): os.dup2(null, fd)
+    ok = False
+    try:
+        sys.meta_path.insert(0, Finder(module, text)); os.chdir(root)
+        ok = judge(f)
+    finally: os._exit(0 if ok else 1)
+
+def verdicts(module, jobs, limits, workers):
+    "For each (key, text) the judge that noticed, '' if none did; in the order in which they end"
+    todo,running = [(k,t,list(judges[module])) for k,t in jobs][::-1],{}
+    while todo or running:
+        while todo and len(running)<workers:
+            k,t,js = todo.pop(); running[start(module, t, js[0])] = k,t,js,time.time()
+        time.sleep(.02)
+        for pid,(k,t,js,begin) in list(running.items()):
+            done,status = os.waitpid(pid, os.WNOHANG); late = time.time()-begin > limits[js[0]]
+            if not done and not late: continue
+            if not done: os.killpg(pid, signal.SIGKILL); os.waitpid(pid, 0)
+            del running[pid]
+            if not done or status: yield k, js[0] + (' (endless)' if not done else '')
+            elif js[1:]: todo.append((k, t, js[1:]))
+            else: yield k, ''
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__)
+    p.add_argument('modules', nargs='+', choices=judges); p.add_argument('--workers', type=int, default=os.cpu_count()); p.add_argument('--sample', type=int, help='only so many of each module, drawn at random')
+    a = p.parse_args()
+    sys.path[:0] = [str(root/'tools'), str(root)]
+    import IPython, nbdev.showdoc, nbdev.test, fastai.vision.all, fastai.callback.all, timm, torch, torchvision, sklearn.linear_model, sklearn.metrics, matplotlib.pyplot, pytest, hypothesis, pytorch_grad_cam # once for all
+    for m in a.modules:
+        found = list(mutants(m)); random.Random(0).shuffle(found)
+        if a.sample: found = found[:a.sample]
+        out = root/f'results/mutants/{m}.json'; out.parent.mkdir(parents=True, exist_ok=True)
+        known = json.loads(out.read_text()) if out.exists() else {}
+        res = {f'{op}\n{d}':known.get(f'{op}\n{d}') for op,d,_ in found}
+        src,limits = (root/f'fgsynth/{m}.py').read_text(encoding='utf-8'),{}
+        for j in judges[m]:
+            begin = time.time(); pid = start(m, src, j)
+            if os.waitpid(pid, 0)[1]: sys.exit(f'{j} fails as it is: mend it first.')
+            limits[j] = 20 + 4*(time.time()-begin)*max(1, a.workers/2)
+        jobs = [(k,t) for (op,d,t) in found if res[k := f'{op}\n{d}'] is None]
+        print(f'{m}: {len(found)} mutants, {len(jobs)} to try; judges take {", ".join(f"{(l-20)/4:.0f} s" for l in limits.values())}', flush=True)
+        for i,(k,v) in enumerate(verdicts(m, jobs, limits, a.workers), 1):
+            res[k] = v
+            out.write_text(json.dumps({k:v for k,v in res.items() if v is not None}, indent=1, sort_keys=True)+'\n')
+            if i%25==0: print(f'  {i} of {len(jobs)}', flush=True)
+        killed = sum(bool(v) for v in res.values())
+        print(f'{m}: {killed} of {len(res)} noticed, {100*killed/len(res):.1f} %', flush=True)
+        for k,v in sorted(res.items()):
+            if not v: print('  survived', k.replace('\n', '\n    '))
+
+if __name__=='__main__': main()
