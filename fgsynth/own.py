@@ -73,8 +73,9 @@ class ImageIndex:
             some = torch.randperm(n, generator=torch.Generator().manual_seed(0))[:64*cells].sort().values
             ix.train(self.z[some].float().numpy())
             for rows in self.z.split(block): ix.add(rows.float().numpy())
-            faiss.write_index(ix, f'{file}.new'); os.replace(f'{file}.new', file)
-        ix = faiss.read_index(str(file), faiss.IO_FLAG_MMAP)
+            try: faiss.write_index(ix, f'{file}.new'); os.replace(f'{file}.new', file)
+            except (OSError,RuntimeError): warnings.warn(f"The clusters cannot be written to {self.folder}, so they are made again for every search: choose another folder with --index.")
+        if file.is_file(): ix = faiss.read_index(str(file), faiss.IO_FLAG_MMAP)
         ix.nprobe = max(8, ix.nlist//32)
         return ix
 

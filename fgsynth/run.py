@@ -8,7 +8,7 @@ __all__ = ['columns', 'synth_modes', 'check_out', 'open_run', 'text_table', 'wri
            'fgsynth_eval', 'fgsynth_demo']
 
 # %% ../nbs/11_run.ipynb #1e157523
-import argparse, base64, csv, html, inspect, io, json, platform, random, shutil, sys, time
+import argparse, base64, csv, html, inspect, io, json, platform, random, shutil, sys, time, warnings
 from contextlib import nullcontext, redirect_stdout
 from functools import wraps
 from fastcore.script import anno_parser, store_true
@@ -494,8 +494,15 @@ def _cli(f, prog):
     for a in p._actions: a.default = argparse.SUPPRESS                       # only what was given, so that a preset can fill in the rest
     args = vars(p.parse_args())
     for k in 'pdb','xtra': args.pop(k, None)
-    try: f(**args)
+    plain = warnings.formatwarning
+    def as_sentence(msg, category, *a, **kw): return f'{prog}: {msg}\n' if category is UserWarning else plain(msg, category, *a, **kw) # ours, without file and line
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore', FutureWarning)                       # of libraries about each other
+            warnings.formatwarning = as_sentence
+            f(**args)
     except InputError as e: sys.exit(f'{prog}: {e}')
+    finally: warnings.formatwarning = plain
 
 def fgsynth_train(): "Command: see `train`"; _cli(train, 'fgsynth_train')
 def fgsynth_eval(): "Command: see `evaluate_run`"; _cli(evaluate_run, 'fgsynth_eval')
