@@ -138,6 +138,6 @@ def test_exit_code_and_no_traceback(tmp_path):
 def test_a_warning_is_a_sentence(tmp_path):
     "Without the file and line that Python puts in front; what libraries say about each other is left out"
     (tmp_path/'odd.py').write_text("import warnings\nfrom fgsynth.run import _cli\ndef f():\n    'Warns'\n"
-        "    warnings.warn('One image is odd.'); warnings.warn('old', FutureWarning); warnings.warn('strange', RuntimeWarning)\n_cli(f, 'fgsynth_data')")
+        "    warnings.warn('One image is odd.')\n    warnings.warn('old', FutureWarning)\n    warnings.warn('strange', RuntimeWarning)\n_cli(f, 'fgsynth_data')")
     said = subprocess.run([sys.executable, '-W', 'ignore', '-W', 'default::UserWarning', '-W', 'default::RuntimeWarning', tmp_path/'odd.py'], capture_output=True, text=True, check=True).stderr.splitlines()
     assert said[0]=='fgsynth_data: One image is odd.' and said[1].endswith('RuntimeWarning: strange') and not any('old' in l for l in said), said
