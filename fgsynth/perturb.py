@@ -20,7 +20,7 @@ def min_max(
     "Scale the last dimension to [0, 1] (Eq. 4)"
     x = x if x.dtype==torch.float64 else x.float()
     lo,hi = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
-    return torch.where(hi > lo, (x - lo) / torch.where(hi > lo, hi - lo, 1.), 0.)
+    return (x - lo) / torch.where(hi > lo, hi - lo, 1.)
 
 # %% ../nbs/05_perturb.ipynb #378abb8f
 NORMS = 'min_max','batch','quantile','log','rank'
@@ -70,7 +70,6 @@ class FeatureBank(nn.Module):
         self.register_buffer('count', torch.zeros((), dtype=torch.long))   # vectors ever added
         self.register_buffer('batches', torch.zeros((), dtype=torch.long)) # batches ever added
 
-    @torch.no_grad()
     def add(self,
         z, # Features (B, d), any floating type; of more than M the last M are kept
         ids=None, # Indices (B,) of their images

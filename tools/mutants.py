@@ -15,20 +15,21 @@ operators = ['NumberReplacer','AddNot','ReplaceTrueWithFalse','ReplaceFalseWithT
              'ReplaceUnaryOperator_Delete_Not','ReplaceUnaryOperator_USub_UAdd','ReplaceBreakWithContinue','ReplaceContinueWithBreak']
 
 def mutants(module):
-    "Every change as (operator, line of the diff, source)"
+    "Every change as (operator and what it does to a line, source)"
     from cosmic_ray.mutating import mutate_code
     from cosmic_ray.plugins import get_operator
-    src = (root/f'fgsynth/{module}.py').read_text(encoding='utf-8'); seen = {src}
+    src,seen,names = (root/f'fgsynth/{module}.py').read_text(encoding='utf-8'),set(),{}
     head = src.index('# %%', src.index('__all__')) # what is above names the exported, and does nothing
     for op in operators:
         for i in range(10**6):
             try: new = mutate_code(src, get_operator(f'core/{op}')(), i)
             except Exception: continue
             if new is None: break
-            if new in seen or new[:head]!=src[:head] or re.sub(r'(?<=[(=])\+1(?=[,)])', '-1', new)==src: continue # of a matrix, dimension 1 is dimension -1
+            if new in seen or new==src or new[:head]!=src[:head] or re.sub(r'(?<=[(=])\+1(?=[,)])', '-1', new)==src: continue # of a matrix, dimension 1 is dimension -1
             seen.add(new)
-            lines = [l for l in difflib.unified_diff(src.splitlines(), new.splitlines(), n=0, lineterm='') if l[:1] in '-+@' and l[:3] not in ('---','+++')]
-            yield op, '\n'.join(lines), new
+            lines = [l for l in difflib.unified_diff(src.splitlines(), new.splitlines(), n=0, lineterm='') if l[:1] in '-+' and l[:3] not in ('---','+++')]
+            k = '\n'.join([op, *lines]); names[k] = names.get(k, 0)+1
+            yield k + (f'\n{names[k]}' if names[k]>1 else ''), new           # the same line may stand in two places
 
 class Mutated(SourceFileLoader):
     "The module with another text"
@@ -89,13 +90,13 @@ def main():
         if a.sample: found = found[:a.sample]
         out = root/f'results/mutants/{m}.json'; out.parent.mkdir(parents=True, exist_ok=True)
         known = json.loads(out.read_text()) if out.exists() else {}
-        res = {f'{op}\n{d}':known.get(f'{op}\n{d}') for op,d,_ in found}
+        res = {k:known.get(k) or None for k,_ in found}                       # survivors are tried again: tests may have learned
         src,limits = (root/f'fgsynth/{m}.py').read_text(encoding='utf-8'),{}
         for j in judges[m]:
             begin = time.time(); pid = start(m, src, j)
             if os.waitpid(pid, 0)[1]: sys.exit(f'{j} fails as it is: mend it first.')
             limits[j] = 20 + 4*(time.time()-begin)*max(1, a.workers/2)
-        jobs = [(k,t) for (op,d,t) in found if res[k := f'{op}\n{d}'] is None]
+        jobs = [(k,t) for k,t in found if res[k] is None]
         print(f'{m}: {len(found)} mutants, {len(jobs)} to try; judges take {", ".join(f"{(l-20)/4:.0f} s" for l in limits.values())}', flush=True)
         for i,(k,v) in enumerate(verdicts(m, jobs, limits, a.workers), 1):
             res[k] = v
