@@ -4,8 +4,10 @@ import pytest, torch
 from conftest import root
 from torch import Tensor, nn, tensor
 from fastai.callback.core import Callback, CancelFitException
+from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.progress import CSVLogger
 from fastai.callback.schedule import ParamScheduler, SchedLin
+from fastai.basics import L
 from fastai.learner import noop
 from fastai.torch_core import set_seed
 from fastai.callback.training import GradientAccumulation, GradientClip
@@ -51,6 +53,27 @@ def test_bfloat16(items):
     assert set(sum(seen, []))=={torch.float32} and len(seen)==8
     assert {k:v.dtype for k,v in state(half).items()}=={k:v.dtype for k,v in state(full).items()}
     assert 0 < (losses(half)-losses(full)).abs().max() < .1
+
+class Half(MixedPrecision):
+    "fastai's float16 with a gradient scaler, which it makes for GPUs alone, on this processor"
+    def before_fit(self): self.autocast,self.learn.scaler,self.scales = torch.autocast('cpu', torch.float16),torch.amp.GradScaler('cpu', init_scale=2.**10),L()
+
+def test_float16_with_a_scaler(items):
+    "Close to float32; a step whose gradients overflow is left out, by the encoder and by the decoder's own optimizer"
+    half,full = make(items, Half()),make(items)
+    fit(half, 2, .01); fit(full, 2, .01)
+    assert 0 < (losses(half)-losses(full)).abs().max() < .1
+    a,b,start = state(half),state(full),state(make(items))
+    for k in 'encoder.body.0.weight','decoder.spread.weight': assert (a[k]-b[k]).norm() < .1*(b[k]-start[k]).norm(), k # they went the same way
+    seen = []
+    def spoil(l):
+        if l.train_iter==1: l.model.encoder.body[0].weight.grad[0] = l.model.decoder.spread.weight.grad[0] = torch.inf
+    def look(l): seen.append((l.scaler.get_scale(), l.model.encoder.body[0].weight.detach().clone(), l.model.decoder.spread.weight.detach().clone()))
+    learn = fit(make(items, Half(), At('after_backward', spoil), At('after_batch', look)), 1, .01)
+    scales,enc,dec = zip(*seen)
+    assert scales==(2**10, 2**9, 2**9, 2**9)
+    for w in enc,dec: assert [w[i].equal(w[i+1]) for i in range(3)]==[True,False,False]
+    assert losses(learn).isfinite().all()
 
 def test_gradient_accumulation_equals_the_large_batch(items):
     """Two batches of 32 make the step of one of 64. The limits: what couples images within a batch is not accumulated, that is batch norm and
