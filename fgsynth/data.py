@@ -340,11 +340,13 @@ def _rows(path, delimiter, *cols):
     except UnicodeDecodeError: raise InputError(f"The file {path} is not text in UTF-8: save it as CSV (UTF-8).") from None
     except OSError as e: raise InputError(f"The file {path} cannot be read ({e.strerror}): check the path.") from None
     if delimiter is None: delimiter = max(',;\t', key=text.partition('\n')[0].count)
-    rows = list(csv.DictReader(io.StringIO(text, newline=''), delimiter=delimiter, skipinitialspace=True))
+    table = csv.DictReader(io.StringIO(text, newline=''), delimiter=delimiter, skipinitialspace=True)
+    rows = list(table)
     for c in cols:
-        if not rows or c not in rows[0]:
+        if c not in (table.fieldnames or []):
             raise InputError(f"The file {path} has no column {c!r}: it is not the table that was expected, with the columns "
                              f"{', '.join(cols)}.")
+    if not rows: raise InputError(f"The file {path} has a header and no rows: enter at least one.")
     return rows
 
 def read_labels(
