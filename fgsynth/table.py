@@ -8,7 +8,7 @@ __all__ = ['presets', 'experiments', 'run_columns', 'measure_names', 'row_key', 
            'runs_of', 'markdown_table', 'summary']
 
 # %% ../nbs/12_table.ipynb #9ba41929
-import csv, platform, subprocess, time
+import csv, platform, subprocess, time, warnings
 import pandas as pd
 from scipy import stats
 from fastcore.script import store_true
@@ -195,6 +195,7 @@ def match_distance(
         lo,hi = (mid, hi) if diff(mid, z[:n], noise[:n])<distance else (lo, mid)
     a = (lo*hi)**.5
     for _ in range(4): a *= min(2., max(.5, (distance/max(diff(a, z, noise), 1e-12))**.5)) # the difference grows about like the square of the noise
+    if (d := diff(a, z, noise))<.9*distance: warnings.warn(f"No noise makes the decoded images differ by {distance}, only by {d:.2g}: the decoder draws too little, so train it longer, or ask for less.")
     return a
 
 @torch.no_grad()
