@@ -10,8 +10,7 @@ import copy, json, warnings
 from pathlib import Path
 import torch
 from torch import nn
-from safetensors.torch import save_file
-from .core import InputError, check_name
+from .core import InputError, check_name, save_tensors
 from .models import DepthwiseConv2d, Encoder, load_encoder
 from .run import _cli
 
@@ -50,7 +49,7 @@ formats = dict(state_dict='.safetensors', exported='.pt2', onnx='.onnx')
 def _state_dict(enc, path, size):
     sd = {k:v.contiguous() for k,v in enc.body.state_dict().items()}
     about = dict(format='pt', arch=enc.arch, mean=json.dumps(enc.mean.flatten().tolist()), std=json.dumps(enc.std.flatten().tolist()))
-    save_file(sd, path, metadata=about) if path.suffix=='.safetensors' else torch.save(sd, path)
+    save_tensors(sd, path, about) if path.suffix=='.safetensors' else torch.save(sd, path)
 
 def _args(enc, size): return (enc, (torch.rand(2, 3, size, size),)), dict(dynamic_shapes=({0:torch.export.Dim('batch')},))
 

@@ -15,8 +15,8 @@ import torch, torchvision
 from torch import nn
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from .core import InputError, check_name, load_tensors
+from safetensors.torch import load_file
+from .core import InputError, check_name, load_tensors, save_tensors
 
 # %% ../nbs/03_models.ipynb #9848374e
 IMAGENET_STATS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -217,8 +217,7 @@ def save_encoder(
     enc = model if isinstance(model, Encoder) else model.encoder
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    meta = dict(arch=enc.arch, num_features=enc.num_features, size=enc.size, **info)
-    save_file({k:v.contiguous() for k,v in enc.state_dict().items()}, path, metadata={'fgsynth':json.dumps(meta)})
+    save_tensors(enc.state_dict(), path, {'fgsynth':json.dumps(dict(arch=enc.arch, num_features=enc.num_features, size=enc.size, **info))})
     return path
 
 def read_info(

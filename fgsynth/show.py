@@ -11,8 +11,8 @@ import json
 from copy import deepcopy
 from types import SimpleNamespace
 from fastai.basics import *
-from safetensors.torch import load_file, save_file
-from .core import InputError, check_name
+from safetensors.torch import load_file
+from .core import InputError, check_name, save_tensors
 from .augment import Views
 from .evaluate import features, nearest
 from .losses import distill, info_nce, neg_cosine
@@ -102,7 +102,7 @@ class Synthesizer(nn.Module):
                     heads={n:_describe(getattr(self, n)) for n in ('head','key_head')}, norm=self.norm, loss=self.loss, temperature=self.temperature, **self.defaults)
         sd = {k:v.detach().contiguous().clone() for k,v in self.state_dict().items()}
         path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(sd, path, metadata={'fgsynth':json.dumps(dict(meta, info=info))})
+        save_tensors(sd, path, {'fgsynth':json.dumps(dict(meta, info=info))})
         return path
 
     @classmethod
