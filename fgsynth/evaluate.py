@@ -142,14 +142,14 @@ def _split(items, split, size):
     x,good = items.load(split, size) if hasattr(items, 'load') else load_images(images, size)
     return x, torch.as_tensor(y).long()[good], good
 
+@contextmanager
 def _fresh(encoder, x, seed, scale=(0.08,1.), ratio=(3/4,4/3), flip=0.5, bs=256):
-    "A function from indices to features of new random crops, and the context in which they are drawn"
+    "Inside, a function from indices to features of new random crops, drawn from the seed"
     views = Views(x.shape[-1], n=1, scale=scale, ratio=ratio, flip=flip, p_jitter=0, p_grey=0, p_blur=0)
     dev = next((p.device for p in encoder.parameters()), torch.device('cpu'))
-    @contextmanager
-    def seeded():
-        with torch.random.fork_rng([dev] if dev.type=='cuda' else []): torch.manual_seed(seed); yield
-    return lambda i: features(encoder, views(float_images(x[i].to(dev)))[0], bs=bs), seeded()
+    with torch.random.fork_rng([dev] if dev.type=='cuda' else []):
+        torch.manual_seed(seed)
+        yield lambda i: features(encoder, views(float_images(x[i].to(dev)))[0], bs=bs)
 
 def linear_probe(
     encoder:nn.Module, # Maps images (B, 3, S, S) in [0, 1] to (B, d); it is not trained
@@ -177,8 +177,7 @@ def linear_probe(
     z,zt = f(x),f(xt)
     kw = dict(seed=seed, epochs=epochs, lr=lr, schedule=schedule, bs=bs, top5=top5, n_classes=int(max(y.max(), yt.max()))+1)
     if not augment: return probe_features(z, y, zt, yt, **kw)
-    draw,seeded = _fresh(encoder, x, seed, scale, ratio, flip, bs)
-    with seeded: return probe_features(z, y, zt, yt, draw=draw, **kw)
+    with _fresh(encoder, x, seed, scale, ratio, flip, bs) as draw: return probe_features(z, y, zt, yt, draw=draw, **kw)
 
 # %% ../nbs/08_evaluate.ipynb #c0f93269
 def _sort_rows(s):
@@ -301,8 +300,7 @@ def evaluate(
     res,n_classes = {}, int(max(y.max(), yt.max()))+1
     for p in pcts:
         i,k = torch.isin(good, label_fraction(items, p, seed)), f'top1_{100*p:g}'
-        draw,seeded = _fresh(encoder, x[i], seed, flip=flip) if augment else (None, nullcontext())
-        with seeded: probe = fit_probe(z[i], y[i], n_classes, seed=seed, draw=draw, **kw)
+        with _fresh(encoder, x[i], seed, flip=flip) if augment else nullcontext() as draw: probe = fit_probe(z[i], y[i], n_classes, seed=seed, draw=draw, **kw)
         with torch.no_grad(): res[k] = top_k(probe(zt), yt)
         if decoder is not None and p==max(pcts):
             dev = next(decoder.parameters()).device

@@ -77,12 +77,12 @@ def read_checkpoint(
     "The newest checkpoint that can be read"
     fs = _checkpoints(folder)
     for f in reversed(fs):
+        why = 'is damaged'
         try:
             with zipfile.ZipFile(f) as z: bad = z.testzip()
             if bad is None: return load_tensors(f)
-            why = 'is damaged'
         except InputError as e: why = str(e).removeprefix(f'{str(f)!r} ').rstrip('.')
-        except Exception: why = 'is damaged'
+        except Exception: pass
         warnings.warn(f"The checkpoint {f} {why}. It is passed over.")
     if fs: raise InputError(f"None of the checkpoints in {str(folder)!r} can be read: delete the folder to start from the beginning.")
 

@@ -100,7 +100,7 @@ class Synthesizer(nn.Module):
             raise InputError("Only an encoder made by name and fgsynth's own decoder can be saved: save others as state dicts.")
         meta = dict(arch=self.encoder.arch, size=self.encoder.size, num_features=self.encoder.num_features, decoder=[getattr(self.decoder, n) for n in ('d','size','width','grid','draw')],
                     heads={n:_describe(getattr(self, n)) for n in ('head','key_head')}, norm=self.norm, loss=self.loss, temperature=self.temperature, **self.defaults)
-        sd = {k:v.detach().contiguous().clone() for k,v in self.state_dict().items()}
+        sd = {k:v.detach().clone() for k,v in self.state_dict().items()}
         path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
         save_tensors(sd, path, {'fgsynth':json.dumps(dict(meta, info=info))})
         return path

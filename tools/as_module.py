@@ -1,7 +1,7 @@
 """Run a notebook's tests on the module that it exports: `as_module.py NOTEBOOK`.
 `nbdev_test` runs what the cells say, so the module's file is not looked at. Here every exported cell but those with imports becomes an import from the module:
 what measures coverage, or changes a line to see whether a test notices, then sees the file that users import."""
-import ast, re, sys
+import ast, sys
 from pathlib import Path
 import nbdev.test
 
@@ -19,13 +19,15 @@ class FromModule(nbdev.test.NBProcessor):
     def __init__(self, *args, **kw):
         super().__init__(*args, **kw)
         cells = [c for c in self.nb.cells if c.cell_type=='code']
-        exp = [m[1] for c in cells for m in re.finditer(r'^#\s*\|\s*default_exp\s+(\S+)', c.source, re.M)] or [c.directives_['default_exp'][0] for c in cells if 'default_exp' in c.directives_]
+        exp = next((c.directives_['default_exp'][0] for c in cells if 'default_exp' in c.directives_), None)
         for c in cells:
             if not (exp and {'export','exporti','exports'} & c.directives_.keys()): continue
             names,imports = bound(c.source)
-            if not imports: c.source = f"from fgsynth.{exp[0]} import {', '.join(names)}" if names else ''
+            if not imports: c.source = f"from fgsynth.{exp} import {', '.join(names)}" if names else ''
 
-if __name__=='__main__':
+def passes(notebook, **kw):
+    "Do its tests pass on the module?"
     nbdev.test.NBProcessor = FromModule
-    ok,_ = nbdev.test.test_nb(Path(sys.argv[1]).resolve(), skip_flags=nbdev.test.get_config().tst_flags.split(), basepath=root)
-    sys.exit(not ok)
+    return nbdev.test.test_nb(Path(notebook).resolve(), skip_flags=nbdev.test.get_config().tst_flags.split(), basepath=root, **kw)[0]
+
+if __name__=='__main__': sys.exit(not passes(sys.argv[1]))

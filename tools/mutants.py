@@ -46,9 +46,8 @@ def judge(f):
     if f.endswith('.py'):
         import pytest
         return pytest.main(['-q', '-x', '-p', 'no:cacheprovider', str(root/f)])==0
-    import nbdev.test, as_module
-    nbdev.test.NBProcessor = as_module.FromModule
-    return nbdev.test.test_nb(root/f, showerr=False, basepath=root)[0]
+    import as_module
+    return as_module.passes(root/f, showerr=False)
 
 def start(module, text, f):
     "Begin to judge a text in a process of its own"
