@@ -40,7 +40,7 @@ experiments = dict(
     controls = [*_vary('synth', 'none', 'views', 'jitter', 'random', 'both'), dict(synth='reconstruction', beta=.5)],
     pairs = [dict(), dict(augment='view'), dict(augment='none'), dict(max_pairs=None), dict(max_pairs=16), dict(anchor='rec'), dict(residual=False), dict(anchor='rec', residual=False, augment='none')],
     simsiam = _vary('synth', 'none', 'both', 'cam', 'low_var', 'random', **_simsiam),
-    length = [*[dict(synth=s, epochs=e) for e in (3, 6, 12) for s in ('none','both')], dict(synth='none', epochs=7)], # 7 take longer than 3 with pairs
+    length = [*[dict(synth=s, epochs=e) for e in (3, 6, 12, 24) for s in ('none','both')], dict(synth='none', epochs=7)], # 7 take longer than 3 with pairs
     decoder = [*_vary('update', 'frozen', 'own', 'joint'), *_vary('pretrain_epochs', 4, 30, decoder_grid=16), dict(decoder_grid=16, decoder_draw=32)],
     detail = [dict(synth='none'), *[dict(synth=s, distance=.03, residual=r) for r in (False,True) for s in ('random','within','cam','low_var')]],
     norm = [dict(synth='cam', norm=n, target=t) for t in ('-loss','loss','abs') for n in ('min_max','batch','quantile','log','rank')],
