@@ -38,7 +38,8 @@ experiments = dict(
     start = [dict(synth='none', epochs=0)],
     headline = [*_vary('synth', 'none', 'both', 'cam', 'low_var', 'random'), dict(synth='none', lr=.01)],
     controls = [*_vary('synth', 'none', 'views', 'jitter', 'random', 'both'), dict(synth='reconstruction', beta=.5)],
-    pairs = [dict(), dict(augment='view'), dict(augment='none'), dict(max_pairs=None), dict(max_pairs=16), dict(anchor='rec'), dict(residual=False), dict(anchor='rec', residual=False, augment='none')],
+    pairs = [dict(), dict(augment='view'), dict(augment='none'), dict(max_pairs=None), dict(max_pairs=16), dict(anchor='rec'), dict(residual=False),
+             *[dict(anchor='rec', residual=False, augment='none', **k) for k in ({}, dict(max_pairs=None, update='joint', beta=.5))]], # as written; and all of it
     simsiam = _vary('synth', 'none', 'both', 'cam', 'low_var', 'random', **_simsiam),
     length = [*[dict(synth=s, epochs=e) for e in (3, 6, 12, 24) for s in ('none','both')], dict(synth='none', epochs=7)], # 7 take longer than 3 with pairs
     decoder = [*_vary('update', 'frozen', 'own', 'joint'), *_vary('pretrain_epochs', 4, 30, decoder_grid=16), dict(decoder_grid=16, decoder_draw=32)],
