@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test coverage bench export clean readme docs preview hooks distclean
+.PHONY: help install demo test coverage mutants bench export clean readme docs preview hooks distclean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,9 +31,13 @@ test: $(READY)  ## notebooks and modules agree, all notebooks run, pytest; ends 
 coverage: $(READY)  ## the tests again, on the modules, and how many of their lines they run
 	@$(BIN)/python tools/check.py --coverage
 
-bench: $(READY)  ## time everything, here and in other libraries (half an hour on two cores); keeps results/bench/*.json
+mutants: $(READY)  ## change the modules one operator at a time: which changes does no test notice? (hours)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'cosmic-ray>=8.4'
+	@$(BIN)/python tools/mutants.py losses perturb evaluate ssl synth
+
+bench: $(READY)  ## time everything, here and in other libraries (three quarters of an hour on two cores); keeps results/bench/*.json
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r benchmarks/requirements.txt
-	@for f in startup step files evaluation growth; do $(BIN)/python -W ignore benchmarks/$$f.py || exit 1; done
+	@for f in startup.py step.py "step.py --arch lite0 --bs 64 --out step_lite0" files.py evaluation.py growth.py; do $(BIN)/python -W ignore benchmarks/$$f || exit 1; done
 
 export: $(READY)  ## write the modules from the notebooks
 	$(BIN)/nbdev_export

@@ -40,8 +40,8 @@ def main(
     arch:str='resnet18', # Encoder
     size:int=64, # Side of the images, pixels
     bs:int=128, # Images in a batch
-    steps:int=6, # Steps in a row
-    rounds:int=4, # Turns of each
+    steps:int=5, # Steps in a row
+    rounds:int=3, # Turns of each
     out:str='step', # Name of the file in results/bench
 ):
     items = get_dataset('gtsrb', gtsrb) if gtsrb.exists() else get_dataset('finches', n_train=bs*(steps+3), n_test=2, size=size)
@@ -54,6 +54,7 @@ def main(
     new = lambda cbs=None, **kw: ssl_learner(dls, arch, MoCoV2(), cbs=cbs, **kw)
     learners,kw = {'MoCo v2':new(), 'MoCo v2, channels first':new(channels_last=False)},dict(half)
     for k,v in tricks.items(): kw.update(v); learners[k] = new(synth_pairs(**kw))
+    learners['MoCo v2, bf16'],learners['half of the batch, bf16'] = new(precision='bf16'),new(synth_pairs(**{**kw, 'max_pairs':.5}), precision='bf16')
     fs = {k:stepper(l, steps) for k,l in learners.items()}
     b = bare(learners['MoCo v2'], bs, size)
     def passes():

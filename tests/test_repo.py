@@ -216,3 +216,12 @@ def test_links_to_symbols(site):
     found = {m for o in site.rglob('*.ipynb') for c in cells(o) for m in re.findall(re.escape(base)+r'(\w+\.html#[\w.]+)', source(c))}
     assert len(found)>50
     assert not [o for o in found if o.split('#')[0] not in made or o not in entries], found
+
+def test_survivors_have_reasons():
+    "Of each change to a module that no test noticed it is said why, and of no other"
+    folder = root/'results/mutants'
+    reasons = json.loads((folder/'reasons.json').read_text(encoding='utf-8'))
+    for f in folder.glob('*.json'):
+        if f.stem=='reasons': continue
+        survived = {k for k,v in json.loads(f.read_text(encoding='utf-8')).items() if not v}
+        assert survived==set(reasons.get(f.stem, {})), f.stem

@@ -1,6 +1,6 @@
 """Change one thing at a time in a module and see whether a test notices: `mutants.py losses perturb evaluate ssl synth`.
 The changes are those of cosmic-ray, one replacement for each operator; the judges are the module's notebook, run on the module (as_module.py), and pytest files.
-Everything slow is imported once, and each mutant is tried in a fork. What was found is kept in results/mutants/MODULE.json, and only what is missing is run."""
+Everything slow is imported once, and each mutant is tried in a fork. What was found is kept in results/mutants/MODULE.json, and only what is missing is run; reasons.json says why survivors survive."""
 import argparse, difflib, importlib.util, json, os, random, re, signal, sys, time
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
@@ -86,24 +86,23 @@ def main():
     import IPython, nbdev.showdoc, nbdev.test, fastai.vision.all, fastai.callback.all, timm, torch, torchvision, sklearn.linear_model, sklearn.metrics, matplotlib.pyplot, pytest, hypothesis, pytorch_grad_cam # once for all
     for m in a.modules:
         found = list(mutants(m)); random.Random(0).shuffle(found)
-        if a.sample: found = found[:a.sample]
         out = root/f'results/mutants/{m}.json'; out.parent.mkdir(parents=True, exist_ok=True)
         known = json.loads(out.read_text()) if out.exists() else {}
-        res = {k:known.get(k) or None for k,_ in found}                       # survivors are tried again: tests may have learned
+        res = {k:known.get(k) for k,_ in found}
         src,limits = (root/f'fgsynth/{m}.py').read_text(encoding='utf-8'),{}
         for j in judges[m]:
             begin = time.time(); pid = start(m, src, j)
             if os.waitpid(pid, 0)[1]: sys.exit(f'{j} fails as it is: mend it first.')
             limits[j] = 20 + 4*(time.time()-begin)*max(1, a.workers/2)
-        jobs = [(k,t) for k,t in found if res[k] is None]
+        jobs = [(k,t) for k,t in found[:a.sample] if not res[k]]              # survivors are tried again: tests may have learned
         print(f'{m}: {len(found)} mutants, {len(jobs)} to try; judges take {", ".join(f"{(l-20)/4:.0f} s" for l in limits.values())}', flush=True)
         for i,(k,v) in enumerate(verdicts(m, jobs, limits, a.workers), 1):
             res[k] = v
             out.write_text(json.dumps({k:v for k,v in res.items() if v is not None}, indent=1, sort_keys=True)+'\n')
             if i%25==0: print(f'  {i} of {len(jobs)}', flush=True)
-        killed = sum(bool(v) for v in res.values())
-        print(f'{m}: {killed} of {len(res)} noticed, {100*killed/len(res):.1f} %', flush=True)
-        for k,v in sorted(res.items()):
+        tried = {k:v for k,v in res.items() if v is not None}; killed = sum(map(bool, tried.values()))
+        print(f'{m}: {killed} of {len(tried)} noticed, {100*killed/len(tried):.1f} %' + (f'; {len(res)-len(tried)} were not tried' if len(tried)<len(res) else ''), flush=True)
+        for k,v in sorted(tried.items()):
             if not v: print('  survived', k.replace('\n', '\n    '))
 
 if __name__=='__main__': main()
