@@ -7,6 +7,7 @@ __all__ = ['Explorer']
 
 # %% ../nbs/10_explore.ipynb #c9172907
 import base64, hashlib, html, io, json, PIL.Image, PIL.ImageDraw, PIL.ImageFont
+from copy import deepcopy
 from functools import lru_cache
 from matplotlib.font_manager import findfont
 from types import SimpleNamespace
@@ -66,18 +67,19 @@ class Explorer:
         max_n:int=6, # Images shown at a time
     ):
         if images is None or len(images)==0: raise InputError("The explorer has no images: pass images=(B, 3, S, S).")
-        x = float_images(images)
-        if isinstance(encoder, Synthesizer): self.syn = encoder
+        whole = isinstance(encoder, Synthesizer)
+        if whole: self.syn = encoder
         else:
             if decoder is None: raise InputError("The explorer needs a decoder beside the encoder.")
+            self.syn = Synthesizer(*map(deepcopy, (encoder, decoder, head or nn.Identity())))
+        self.images,self.max_n = float_images(images, self.syn.size).to(next(self.syn.parameters()).device),max_n
+        if not whole:
             if bank is None:
-                with torch.no_grad(): z = encoder.eval()(x).float()
-                v,unit = F.normalize(z, dim=1).std(0, correction=0),z.std(0, correction=0).mean()
-            else: v,unit = bank.std(),bank.unit()
-            self.syn = Synthesizer(encoder, decoder, head or nn.Identity(), v=v, unit=unit)
-        self.images,self.max_n = float_images(x, self.syn.size).to(next(self.syn.parameters()).device),max_n
+                with torch.no_grad(): z = torch.cat([self.syn.encoder(o).float() for o in self.images.split(64)])
+                self.syn.v,self.syn.unit = F.normalize(z, dim=1).std(0, correction=0),z.std(0, correction=0).mean()
+            else: self.syn.v,self.syn.unit = bank.std().detach().clone(),bank.unit().detach().clone()
         self.seed,self.first = 0,0
-        self._att = {}
+        self._att,self._prepared = {},((),None)
 
     @classmethod
     def from_learner(cls, learn, images=None, **kw):
@@ -109,8 +111,10 @@ class Explorer:
         return self.images[[(self.first+i)%n for i in range(min(self.max_n, n))]]
 
     def synthesize(self, **kw):
-        "What the `Synthesizer` makes of the images shown now"
-        return self.syn(self.batch(), seed=self.seed, **kw)
+        "What the `Synthesizer` makes of the images shown now; what the sliders leave as it is was computed before"
+        now = self.first,self.seed,kw.get('target')
+        if self._prepared[0]!=now: self._prepared = now,self.syn.prepare(self.batch(), now[2], self.seed)
+        return self.syn(self.batch(), seed=self.seed, prepared=self._prepared[1], **kw)
 
     def attention(self):
         "Attention maps of the images shown now, computed once for each set"
@@ -142,32 +146,33 @@ class Explorer:
             sigma_var=W.FloatSlider(d['sigma_var'], min=0, max=10, step=.1, description='sigma_var', **wide),
             tau=W.FloatSlider(d['tau'], min=0, max=3, step=.01, description='tau · √d', **wide),
             mode=W.Dropdown(options=list(MODES), value=d['mode'], description='mode', **wide),
-            first=W.IntSlider(0, min=0, max=max(0, len(self.images)-1), description='first image', **wide))
-        redraw,reset = W.Button(description='draw again', tooltip='another seed'),W.Button(description='reset')
+            first=W.IntSlider(0, min=0, max=max(0, len(self.images)-1), description='first image', **wide),
+            seed=W.BoundedIntText(0, min=0, max=10**6, description='seed', style=wide['style'], layout=W.Layout(width='170px')))
+        redraw,reset = [W.Button(description=d, tooltip=t, layout=W.Layout(width='75px')) for d,t in (('draw again','the next seed'),('reset','as in training'))]
         self.image,self.bars = W.Image(format='png'),W.Image(format='png')
         self.text,self.error = W.HTML(),W.HTML()
         c = self.controls
 
         def update(*_):
             try:
-                if self.first!=c.first.value: self.first = c.first.value
+                self.first,self.seed = c.first.value,c.seed.value
                 a,s = self.picture(mode=c.mode.value, sigma_cam=c.sigma_cam.value, sigma_var=c.sigma_var.value, tau=c.tau.value)
                 a = _zoom(a, max(1, 110//self.syn.size))
                 a = np.concatenate([_labels(self.rows, len(a)//len(self.rows)), a], 1)
                 self.image.value,self.bars.value = _encode(a, compress_level=1),_encode(_bars(s), compress_level=1)
                 self.text.value,self.error.value = self.describe(s),''
             except Exception as e: self.error.value = f'<b style="color:#b00">{html.escape(type(e).__name__)}: {html.escape(str(e))}</b>'
-        def again(*_): self.seed += 1; update()
+        def again(*_): c.seed.value += 1
         def defaults(*_):
-            self.seed = 0
-            for k in 'sigma_cam','sigma_var','tau','mode': getattr(c, k).value = d[k]
-            c.first.value = 0; update()
+            for k,v in dict(d, first=0, seed=0).items():
+                if hasattr(c, k): getattr(c, k).value = v
+            update()
         for w in vars(c).values(): w.observe(update, 'value')
         redraw.on_click(again); reset.on_click(defaults)
         self.buttons = SimpleNamespace(redraw=redraw, reset=reset)
         update()
         legend = W.HTML('first image, dimensions sorted by score: <span style="color:#0072B2">score</span>, <span style="color:#009E73">spread</span>, <span style="color:#D55E00">noise drawn</span>')
-        return W.VBox([W.HBox([W.VBox([c.sigma_cam, c.sigma_var, c.tau]), W.VBox([c.mode, c.first, W.HBox([redraw, reset], layout=row)])], layout=row),
+        return W.VBox([W.HBox([W.VBox([c.sigma_cam, c.sigma_var, c.tau]), W.VBox([c.mode, c.first, W.HBox([c.seed, redraw, reset], layout=row)])], layout=row),
                        self.error, self.image, self.text, legend, self.bars])
 
     def _ipython_display_(self):
@@ -223,7 +228,7 @@ _page = '''<section id="$uid"><h2>$title</h2>
 <script>(() => {
 const root = document.getElementById('$uid'), frames = $frames, sigmas = $sigmas;
 const range = root.querySelector('input'), mode = root.querySelector('select'), out = root.querySelector('output');
-function draw() { const f = frames[mode.value + '/' + range.value]; out.textContent = sigmas[range.value];
+function draw() { const f = frames[mode.value + '/' + range.value]; out.textContent = sigmas[range.value]; range.setAttribute('aria-valuetext', 'sigma ' + sigmas[range.value]);
   root.querySelector('.moving').src = 'data:image/webp;base64,' + f[0]; root.querySelector('#$uid-say').textContent = f[1]; }
 range.addEventListener('input', draw); mode.addEventListener('change', draw); draw();
 })();</script></section>'''

@@ -64,23 +64,35 @@ class Synthesizer(nn.Module):
             loss = _losses[self.loss](self.head(z), key, self.negatives, self.temperature)
             return normalize(cam_scores(loss, z, target), self.norm)
 
+    @torch.no_grad()
+    def prepare(self,
+        x, # Clean images (B, 3, size, size) in [0, 1]
+        target=None, # See `PerturbCallback`; None: as in training
+        seed:int=0, # Of the views
+    )->SimpleNamespace: # x, rec (B, 3, S, S); z, s_hat, z_rec (B, d)
+        "What the strength of the noise leaves as it is: features, scores, the reconstruction and its features"
+        with eval_mode(self):
+            x = x.as_subclass(Tensor)
+            z = self.encoder(x).float(); rec = self.decoder(z)
+            return SimpleNamespace(x=x, z=z, s_hat=self.scores(x, z, target or self.defaults['target'], seed), rec=rec, z_rec=self.encoder(rec).float())
+
     def forward(self,
         x, # Clean images (B, 3, size, size) in [0, 1]
         mode=None, sigma_cam=None, sigma_var=None, tau=None, target=None, # See `PerturbCallback`; None: as in training
         seed:int=0, # Of noise and views
+        prepared=None, # What `prepare` returned for the same images, target and seed, if it was called before
     )->SimpleNamespace: # x, rec, pert (B, 3, S, S); z, s_hat, noise, std (B, d); v, mask (d,); cos (B,) of the two decoded images' features
         "Reconstruct and perturb"
-        given = dict(mode=mode, sigma_cam=sigma_cam, sigma_var=sigma_var, tau=tau, target=target)
+        given = dict(mode=mode, sigma_cam=sigma_cam, sigma_var=sigma_var, tau=tau)
         p = SimpleNamespace(**{k:self.defaults[k] if v is None else v for k,v in given.items()})
+        s = prepared or self.prepare(x, target, seed)
+        v_hat,mask = min_max(self.v),low_variance(self.v, p.tau/len(self.v)**.5)
         with eval_mode(self), torch.no_grad():
-            x = x.as_subclass(Tensor)
-            z = self.encoder(x).float()
-            s_hat,v_hat,mask = self.scores(x, z, p.target, seed),min_max(self.v),low_variance(self.v, p.tau/len(self.v)**.5)
-            noisy = perturb(z, s_hat, v_hat, mask, p.sigma_cam, p.sigma_var, p.mode, self.unit, torch.Generator(z.device).manual_seed(seed))
-            rec,pert = self.decoder(z),self.decoder(noisy.z)
-            cos = F.cosine_similarity(self.encoder(rec).float(), self.encoder(pert).float())
-            std = noise_std(s_hat, v_hat, mask, p.sigma_cam, p.sigma_var, p.mode)*self.unit
-        return SimpleNamespace(x=x, rec=rec, pert=pert, z=z, s_hat=s_hat, noise=noisy.noise, std=std, v=self.v, mask=mask, cos=cos, tau=p.tau/len(self.v)**.5)
+            noisy = perturb(s.z, s.s_hat, v_hat, mask, p.sigma_cam, p.sigma_var, p.mode, self.unit, torch.Generator(s.z.device).manual_seed(seed))
+            pert = self.decoder(noisy.z)
+            cos = F.cosine_similarity(s.z_rec, self.encoder(pert).float())
+            std = noise_std(s.s_hat, v_hat, mask, p.sigma_cam, p.sigma_var, p.mode)*self.unit
+        return SimpleNamespace(x=s.x, rec=s.rec, pert=pert, z=s.z, s_hat=s.s_hat, noise=noisy.noise, std=std, v=self.v, mask=mask, cos=cos, tau=p.tau/len(self.v)**.5)
 
     @classmethod
     def from_learner(cls, learn):
@@ -228,8 +240,10 @@ def attention_maps(
         if isinstance(m, nn.ReLU): m.inplace = False
     with torch.no_grad(): refs = net(x.flip(-1))
     reshape = None
-    if pre is not None and layer is None:
-        def reshape(t): side = round((t.shape[1]-pre)**.5); return t[:, pre:].transpose(1, 2).reshape(len(t), -1, side, side)
+    if pre is not None:
+        def reshape(t): # tokens as a map; what is a map already, such as that of the patches, stays
+            if t.ndim==4: return t
+            side = round((t.shape[1]-pre)**.5); return t[:, pre:].transpose(1, 2).reshape(len(t), -1, side, side)
     with torch.enable_grad(), getattr(pytorch_grad_cam, method)(net, [net[0].get_submodule(layer or name)], reshape_transform=reshape) as cam:
         maps = cam(input_tensor=x, targets=[_SameAs(r) for r in refs])
     return torch.as_tensor(maps)

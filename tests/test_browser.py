@@ -117,6 +117,9 @@ def test_jupyterlab(browser, run_folder, tmp_path):
         assert changed(page, before)==moves
         text = page.locator('.widget-hslider', has_text='sigma_cam').locator('.widget-readout').inner_text()
         assert 8 < float(text) < 10
+        here = Explorer.from_run(run_folder); here.widget(); here.controls.sigma_cam.value = float(text) # the last value of the burst is what is shown
+        shown = np.split(np.array(Image.open(io.BytesIO(here.image.value)).convert('RGB')), len(Explorer.rows))[2]
+        assert abs(shown.astype(int) - rows(page)['perturbed']).max() <= 3
         before = rows(page)
         page.get_by_role('button', name='draw again').click()
         assert changed(page, before)==moves

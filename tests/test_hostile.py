@@ -492,9 +492,11 @@ def render(answers):
         res += [f'## {s}', '', '| what | answer |', '|---|---|', *[f'| {k} | {answers[k]} |' for k in kinds if kinds[k][0]==s], '']
     return '\n'.join(res).rstrip()
 
+TABLES = 2 # the cell of the page that holds them
+
 def written():
     "The tables as they stand on the page"
-    return ''.join(json.loads(page.read_text(encoding='utf-8'))['cells'][-1]['source'])
+    return ''.join(json.loads(page.read_text(encoding='utf-8'))['cells'][TABLES]['source'])
 
 @pytest.mark.parametrize('name', kinds)
 def test_kind(name):
@@ -507,6 +509,6 @@ def test_page_is_complete():
 
 if __name__=='__main__':
     nb = json.loads(page.read_text(encoding='utf-8'))
-    nb['cells'][-1]['source'] = render({k:observe(k) for k in kinds}).splitlines(True)
+    nb['cells'][TABLES]['source'] = render({k:observe(k) for k in kinds}).splitlines(True)
     page.write_text(json.dumps(nb, indent=1, ensure_ascii=False)+'\n', encoding='utf-8')
     print(f'{page}: {len(kinds)} kinds')
