@@ -8,6 +8,7 @@ __all__ = ['InputError', 'check_name', 'load_tensors', 'save_tensors']
 # %% ../nbs/00_core.ipynb #5f231315
 import os, re, torch
 from difflib import get_close_matches
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 # %% ../nbs/00_core.ipynb #4aae9d6d
@@ -48,5 +49,6 @@ def save_tensors(
     metadata:dict, # Name to text: what is worth knowing beside them
 ):
     "A `.safetensors` file, for all to read whom the folder's owner allows (the library makes files for their owner alone)"
-    save_file({k:v.contiguous() for k,v in tensors.items()}, path, metadata)
+    try: save_file({k:v.contiguous() for k,v in tensors.items()}, path, metadata)
+    except (OSError, SafetensorError) as e: raise InputError(f"{str(path)!r} cannot be written ({e}): make room, or choose another folder.") from None
     os.umask(mask := os.umask(0)); os.chmod(path, 0o666 & ~mask)

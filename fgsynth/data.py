@@ -600,21 +600,37 @@ def _check_counts(items, name, path):
         _note(f"{path} holds {say(have)} of {name}, which has {' or '.join(map(say, published[name]))}: results do not compare with "
               f"published ones.")
 
+_bochum = 'https://sid.erda.dk/public/archives/daaeac0d7ce1152aea9b61d9f1e19370'
+# Archives that a program can fetch: folder, address and SHA-256, which torchvision's prototype and TensorFlow Datasets give too
+_archives = dict(
+    gtsrb=[('gtsrb', f'{_bochum}/GTSRB-Training_fixed.zip', 'df4144942083645bd60b594de348aa6930126c3e0e5de09e39611630abf8455a'),
+           ('gtsrb', f'{_bochum}/GTSRB_Final_Test_Images.zip', '48ba6fab7e877eb64eaf8de99035b0aaecfbc279bee23e35deca4ac1d0a837fa'),
+           ('gtsrb', f'{_bochum}/GTSRB_Final_Test_GT.zip', 'f94e5a7614d75845c74c04ddb26b8796b9e483f43541dd95dd5b726504e16d6d')],
+    cub200=[('', 'https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz', '0c685df5597a8b24909f6a7c9db6d11e008733779a671760afef78feb49bf081')],
+    aircraft=[('', 'https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/archives/fgvc-aircraft-2013b.tar.gz', 'e4e323d410e29f0370c81eabdcbb0e2b813acea1de22891b70b58ff41bfc9834')],
+    cifar100=[('', 'https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz', '85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7')])
+_archives['gtsrb_paper'] = _archives['gtsrb']
+
+def _fetch(folder, url, sha256):
+    "Transfer one archive, compare, and only then unpack"
+    from torchvision.datasets.utils import download_url, extract_archive
+    file,h = folder/url.rpartition('/')[2],hashlib.sha256()
+    download_url(url, folder)
+    with open(file, 'rb') as f:
+        while b := f.read(2**20): h.update(b)
+    if h.hexdigest()!=sha256: file.unlink(); raise OSError(f"{file.name} is damaged or another file, its SHA-256 is not the published one")
+    extract_archive(str(file), str(folder))
+
 def _download(name, path):
     "Fetch a data set with torchvision's downloader; no archive may write outside of `path`"
-    from torchvision.datasets import CIFAR100, FGVCAircraft, GTSRB
-    from torchvision.datasets.utils import download_and_extract_archive
-    cub = 'https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz','97eceeb196236b17998738112f37df78'
-    get = dict(gtsrb=lambda: [GTSRB(path, o, download=True) for o in ('train','test')], aircraft=lambda: FGVCAircraft(path, download=True),
-               cifar100=lambda: CIFAR100(path, download=True), cub200=lambda: download_and_extract_archive(cub[0], path, md5=cub[1]))
-    get['gtsrb_paper'] = get['gtsrb']
-    if name not in get:
+    if name not in _archives:
         raise InputError(f"The data set {name!r} cannot be downloaded by a program: {_sources[_titles[name]]}.")
     if not hasattr(tarfile, 'data_filter'):
         raise InputError("This version of Python unpacks archives without a safeguard: update it, or unpack the data set by hand.")
     old = tarfile.TarFile.__dict__.get('extraction_filter')
     tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
-    try: path.mkdir(parents=True, exist_ok=True); get[name]()
+    try:
+        for sub,*archive in _archives[name]: (path/sub).mkdir(parents=True, exist_ok=True); _fetch(path/sub, *archive)
     except Exception as e:
         raise InputError(f"The download of {name!r} to {path} failed ({type(e).__name__}: {str(e).partition(chr(10))[0]}): try again, "
                          f"or fetch it by hand.") from None
@@ -673,15 +689,15 @@ class ImageDS:
 
     def __getitem__(self, i):
         if i>=len(self): raise IndexError(i)
-        r = int(self.rows[i])
-        if self.cached: x = self.images[r]
-        elif isinstance(self.images, torch.Tensor): x = _resize(self.images[r:r+1], self.size)[0]
-        else:
-            try: x = decode_image(self.images[r], self.size)
-            except Exception:
-                self.bad[i] = True
-                raise SkipItemException from None
-        return TensorImage(x),self.y[i]
+        for j in range(i, i + (len(self) if num_distrib()>1 else 1)):        # several processes need equally many: the next image that can be read takes its place
+            j %= len(self)
+            try: return TensorImage(self.image(int(self.rows[j]))),self.y[j]
+            except Exception: self.bad[j] = True
+        raise SkipItemException
+
+    def image(self, r):
+        if self.cached: return self.images[r]
+        return _resize(self.images[r:r+1], self.size)[0] if isinstance(self.images, torch.Tensor) else decode_image(self.images[r], self.size)
 
     def batch(self, ix, device=None):
         "Images and targets at the positions `ix`, at once"
@@ -767,9 +783,10 @@ def ssl_dls(
     ix = torch.randperm(n, generator=torch.Generator().manual_seed(int(seed))); n_val = int(valid_pct*n+0.5)
     sels = ix[n_val:].sort().values,ix[:n_val].sort().values
     def check(n):
-        if n>=bs: return
-        have = 'is 1 training image' if n==1 else f'are {n:,} training images'
-        raise InputError(f"There {have} but a batch needs {bs:,}: choose a smaller batch size (bs) or add images.")
+        w = max(1, num_distrib())
+        if -(-n//w)>=bs: return
+        have,each = 'is 1 training image' if n==1 else f'are {n:,} training images', f' in each of {w} processes' if w>1 else ''
+        raise InputError(f"There {have} but a batch needs {bs:,}{each}: choose a smaller batch size (bs) or add images.")
     check(len(sels[0]))
     dss = [_image_ds(items, 'train', o, size, cache, num_workers) for o in sels]
     check(len(dss[0]))

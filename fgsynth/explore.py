@@ -82,7 +82,11 @@ class Explorer:
         self._att,self._prepared = {},((),None)
 
     @classmethod
-    def from_learner(cls, learn, images=None, **kw):
+    def from_learner(cls,
+        learn:Learner, # With `synth_pairs`
+        images=None, # Images (B, 3, S, S); by default the first of the training set
+        **kw, # Passed to `Explorer`
+    ):
         "Explore a learner with `synth_pairs`, as it is now"
         return cls(Synthesizer.from_learner(learn), images=_clean_batch(learn, images, 24), **kw)
 
@@ -90,7 +94,8 @@ class Explorer:
     def from_run(cls,
         path, # Folder that `fgsynth_train` or `fgsynth_demo` wrote
         images=None, # Images to look at; by default those that the run kept
-        **kw):
+        **kw, # Passed to `Explorer`
+    ):
         "Explore a finished run"
         path = Path(path)
         if not path.is_dir(): raise InputError(f"There is no run folder {str(path)!r}: check the path.")
@@ -185,7 +190,7 @@ class Explorer:
         path=None, # File to write; none: return the page
         sigmas=(0,.5,1,2,3,4,6,8), # Values of the slider: both sigmas together
         modes=MODES, # Modes to choose from
-        title='What does the encoder call irrelevant?',
+        title='What does the encoder call irrelevant?', # Heading of the page
         fragment:bool=False, # Only what goes into the body, for embedding in another page
     ): # The path, or the page as a string
         "One self-contained page with working sliders: every frame is in the file"

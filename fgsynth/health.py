@@ -38,7 +38,7 @@ class HealthCallback(Callback):
         named = [*net.named_parameters(), *net.named_buffers()]
         self.state = {n:t for n,t in named if t.is_floating_point() and t.numel()}
         self.grads = {f'the gradient of {n}':p for n,p in reversed(list(self.model.named_parameters())) if p.numel()}
-        self.bad,self.memory = {},getattr(net, 'bank', None)
+        self.bad,self.memory = {},None if self.watch else getattr(net, 'bank', None) # one that only stands by does not age
         if self.memory is not None and not self.ages: self.ages = [[self.n, int(self.memory.count)]]
 
     def note(self, tensors):
@@ -73,6 +73,7 @@ class HealthCallback(Callback):
         if self.n%self.every==0: self.look()
 
     def after_train(self): self.look()
+    def after_fit(self): self.look_now()                                     # what the last step did
     def look_now(self): self.note(self.state); self.look()
 
     def look(self):
@@ -80,7 +81,7 @@ class HealthCallback(Callback):
         found = [(step,i,j,n) for i,(names,first) in enumerate(self.bad.items()) for j,(n,step) in enumerate(zip(names, first.tolist())) if step>=0]
         if found:
             step,*_,name = min(found)
-            raise InputError(f"Training stopped because {name} was not finite at step {step} (epoch {step//self.n_iter}): "
+            raise InputError(f"Training stopped because {name} was not finite at step {step} (epoch {min(step//max(1, len(self.dls.train)), self.n_epoch-1)}): "
                              "check the images and the start, or lower the learning rate.")
         for k in self.low:
             if int(self.low[k][1])>=self.patience: self.tell(k)

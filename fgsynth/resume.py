@@ -51,7 +51,7 @@ def locked(
     finally: lock.release()
 
 # %% ../nbs/10_resume.ipynb #ca68e587
-def _checkpoints(folder): return sorted(Path(folder).glob('[0-9]*.pt'), key=lambda f: int(f.stem))
+def _checkpoints(folder): return sorted((f for f in Path(folder).glob('*.pt') if re.fullmatch(r'\d{6,}', f.stem)), key=lambda f: int(f.stem))
 
 def write_checkpoint(
     folder, # Where checkpoints lie; it is made when it is not there
@@ -167,7 +167,7 @@ class CheckpointCallback(Callback):
         if not self.run: return
         self.facts = dict(self.settings or {}, **{f'epochs of the {self.phase}':self.n_epoch, 'steps per epoch':len(self.dls.train)})
         state = read_checkpoint(self.folder) if self.resume is True else self.resume
-        self.state = state if state and state['phase']==self.phase else None
+        self.state = state if state and state.get('phase')==self.phase else None
         self.resume,self.first,self.others,self.pending,self.count,self.saved = False,0,None,False,0,time.time()
         self.start = self.saved
         if self.state: self.go_on()
@@ -207,7 +207,8 @@ class CheckpointCallback(Callback):
     def other_batches(self):
         "As `Learner.all_batches`, without those that were taken"
         self.learn.n_iter = len(self.dl)
-        for o in itertools.islice(enumerate(self.dl), self.state['step']*self.state.get('world', 1)//world(), None): self.learn.one_batch(*o)
+        taken = self.state['step']*self.state['batch']//self.batch()         # other numbers of processes may have other batches
+        for o in itertools.islice(enumerate(self.dl), min(taken, self.n_iter-1), None): self.learn.one_batch(*o)
 
     def before_batch(self):
         if self.state: self.last()
@@ -220,7 +221,7 @@ class CheckpointCallback(Callback):
         s,self.state = self.state,None
         del self.learn.all_batches
         self.learn.train_iter,self.learn.pct_train = s['train_iter'],s['pct_train']
-        for m,o in zip(self.sums(), s['metrics']): vars(m).update(_back(o))
+        for m,o in zip(self.sums(), [] if rank() else s['metrics']): vars(m).update(_back(o)) # they are the first process's
         for n,p in self.model.named_parameters():
             if n in s['grads']: p.grad = torch.zeros_like(p) if s['grads'][n] is None else s['grads'][n].to(p.device)
         if s['scaler']: self.learn.scaler.load_state_dict(s['scaler'])
@@ -229,6 +230,7 @@ class CheckpointCallback(Callback):
 
     def after_step(self): self.pending = False
     def device(self): return next(self.model.parameters()).device
+    def batch(self): dl = self.inner()[0]; return world()*(getattr(dl, 'bs', None) or dl.batch_size)
 
     def after_fit(self):
         if self.state: self.reshuffle(); self.state = None                   # it was over already
@@ -253,7 +255,7 @@ class CheckpointCallback(Callback):
         if rank(): return                                                    # the first process writes
         if hasattr(l, 'health'): l.health.look_now()                         # what is not finite is not worth keeping
         scaler = getattr(l, 'scaler', None)
-        write_checkpoint(self.folder, dict(phase=self.phase, settings=self.facts, world=world(), done=done, seconds=self.spent(),
+        write_checkpoint(self.folder, dict(phase=self.phase, settings=self.facts, world=world(), batch=self.batch(), done=done, seconds=self.spent(),
             epoch=self.epoch, step=0 if done else self.iter, train_iter=self.train_iter, pct_train=self.pct_train,
             model=get_model(self.model).state_dict(), opt=_plain(self.opt.state_dict()),
             grads={n:p.grad if self.pending else None for n,p in self.model.named_parameters() if p.grad is not None},

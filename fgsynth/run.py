@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['columns', 'synth_modes', 'check_out', 'open_run', 'text_table', 'write_report', 'synth_callbacks', 'build', 'fit',
-           'train', 'settings', 'origins', 'estimate', 'evaluate_run', 'warm_start', 'demo', 'fgsynth_train',
-           'fgsynth_eval', 'fgsynth_demo']
+           'check_numbers', 'train', 'settings', 'origins', 'estimate', 'evaluate_run', 'warm_start', 'demo',
+           'fgsynth_train', 'fgsynth_eval', 'fgsynth_demo']
 
 # %% ../nbs/11_run.ipynb #1e157523
-import argparse, base64, csv, html, inspect, io, json, platform, random, shutil, sys, time, warnings
-from contextlib import nullcontext, redirect_stdout
+import argparse, base64, csv, html, inspect, io, json, math, platform, random, shutil, sys, time, warnings
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from functools import wraps
 from fastcore.script import anno_parser, store_true
 from fastai.basics import *
@@ -41,7 +41,7 @@ def check_out(
     out = Path(out)
     if overwrite and resume: raise InputError("A run cannot be replaced and resumed at once: give --overwrite or --resume.")
     if out.is_file(): raise InputError(f"{str(out)!r} is a file: choose a folder for --out.")
-    if out.is_dir() and any(o.name!='.lock' for o in out.iterdir()):
+    if out.is_dir() and any(o.name not in ('.lock','settings.json.tmp') for o in out.iterdir()):
         if not (out/'settings.json').is_file(): raise InputError(f"The folder {str(out)!r} is not empty and holds no run: choose a new folder for --out.")
         if not (overwrite or resume): raise InputError(f"The folder {str(out)!r} already holds another run: choose another --out, or add --overwrite to replace it, or --resume to go on with it.")
         with locked(out): pass
@@ -69,7 +69,14 @@ def _write_csv(path, rows):
 def _write_json(path, d):
     with replacing(path) as f: f.write(json.dumps(d, indent=1, default=str).encode())
 
-def _read_json(path): return json.loads(Path(path).read_text(encoding='utf-8'))
+def _read_json(path):
+    try: return json.loads(Path(path).read_text(encoding='utf-8'))
+    except ValueError: raise InputError(f"The file {str(path)!r} is damaged: choose another folder, or train again with --overwrite.") from None
+
+@contextmanager
+def _writing(out):
+    try: yield
+    except OSError as e: raise InputError(f"The run cannot be written to {str(out)!r} ({e.strerror or e}): make room, and go on with --resume.") from None
 
 def _versions(): return dict(fgsynth=fgsynth.__version__, torch=torch.__version__, python=platform.python_version(), processor=platform.machine())
 
@@ -205,6 +212,20 @@ def _filled(given):
     for k in values: check_name(k, known, f'setting in preset {str(name)!r}:')
     return {**values, **given}
 
+_from = dict(epochs=1, bs=2, size=1, decoder_width=1, decoder_grid=1, decoder_draw=1, pretrain_epochs=0, frozen_stages=0, sigma_cam=0, sigma_var=0, tau=0, lam=0, beta=0)
+_above = 'lr','head_mult','layer_decay','max_pairs','decoder_lr','distance'
+
+def check_numbers(
+    s, # Settings, as the arguments of `train`
+):
+    "Say which number cannot be meant"
+    def no(k, v, what): raise InputError(f"--{k} is {v}: give a number {what}.")
+    for k,v in vars(s).items():
+        if v is None: continue
+        if k in _from and not _from[k]<=v<math.inf: no(k, v, f'from {_from[k]} up')
+        if k in _above and not 0<v<math.inf: no(k, v, 'above 0')
+        if k=='momentum' and not 0<=v<=1: no(k, v, 'from 0 to 1')
+
 _where = 'out','overwrite','resume','save_every','dry_run' # arguments of `train` that change nothing about what is trained
 
 @_with_preset
@@ -258,16 +279,17 @@ def train(
     "Train an encoder on unlabelled images, with or without synthesized pairs"
     s = SimpleNamespace(**{k:v for k,v in locals().items() if k not in _where})
     check_name(synth, synth_modes, 'synth mode'); check_name(method, methods, 'method'); check_name(schedule, ['one_cycle','cosine'], 'schedule'); parse_every(save_every)
-    for k in 'epochs','bs','size':
-        if getattr(s, k)<1: raise InputError(f"--{k} is {getattr(s, k)}: give a number from 1 up.")
+    check_numbers(s)
     items,first = _items(data, path, size, cache_dir),not rank_distrib()     # of several processes the first one writes
     if dry_run: return print(estimate(items, s))
     out = check_out(out, overwrite, resume) if first else Path(out)
-    same = json.loads(json.dumps({k:v for k,v in vars(s).items() if k not in ('path','cache_dir','preset')} | dict(images=len(items.train)), default=str))
+    same = {k:v for k,v in vars(s).items() if k not in ('path','cache_dir','preset','bs')} | {'images':len(items.train), 'bs of all processes':s.bs*max(1, num_distrib())}
+    same = json.loads(json.dumps(same, default=str))
     if resume and (out/'settings.json').is_file():
         there = _read_json(out/'settings.json')
         check_same({k:there.get(k) for k in same}, same, f"The run in {str(out)!r}")
         if 'seconds' in there: return print(f'The run in {out} is complete.')
+        s = SimpleNamespace(**{**vars(s), 'precision':there.get('measured', s.precision)})
     learn = build(items, s)
     if first: out = open_run(out, overwrite, resume)
     with locked(out) if first else redirect_stdout(io.StringIO()), _processes(learn, s):
@@ -283,8 +305,10 @@ def _processes(learn, s):
 
 def _train(learn, items, s, out, same, state, save_every):
     "The part of `train` that writes to the folder"
-    settings = dict(vars(s), **same, **_versions())
-    if not rank(): _write_json(out/'settings.json', settings)
+    settings = {**vars(s), **same, **_versions()}
+    if same['precision']=='auto': settings['measured'] = learn.precision       # a run that goes on does not measure again
+    if not rank():
+        with _writing(out): _write_json(out/'settings.json', settings)
     keep = partial(CheckpointCallback, out/'checkpoints', save_every, resume=state, settings=same)
     seconds = 0.
     if hasattr(get_model(learn.model), 'decoder') and s.pretrain_epochs>0 and not (state and state['phase']=='training'):
@@ -296,11 +320,12 @@ def _train(learn, items, s, out, same, state, save_every):
     if rank(): return
     settings['seconds'] = round(cb.seconds, 1)
     hist = history(learn)
-    _write_csv(out/'history.csv', [dict(epoch=i, **{k:v[i] for k,v in hist.items()}) for i in range(len(hist['train_loss']))])
-    save_encoder(learn, out/'encoder.safetensors', **{k:v for k,v in settings.items() if k not in ('arch','size','path','data','weights')}, image_size=s.size)
-    _pictures(learn, out, _examples(items, s.size, learn.dls.device))
-    write_report(out, f'{s.method}, synthesized pairs: {s.synth}, on {items.name}', settings)
-    _write_json(out/'settings.json', settings)                               # the last: with `seconds` in it, the run is complete
+    with _writing(out):
+        _write_csv(out/'history.csv', [dict(epoch=i, **{k:v[i] for k,v in hist.items()}) for i in range(len(hist['train_loss']))])
+        save_encoder(learn, out/'encoder.safetensors', **{k:v for k,v in settings.items() if k not in ('arch','size','path','data','weights')}, image_size=s.size)
+        _pictures(learn, out, _examples(items, s.size, learn.dls.device))
+        write_report(out, f'{s.method}, synthesized pairs: {s.synth}, on {items.name}', settings)
+        _write_json(out/'settings.json', settings)                           # the last: with `seconds` in it, the run is complete
     print(f'Wrote {out}/report.html')
 
 def settings(

@@ -78,7 +78,11 @@ class Synthesizer(nn.Module):
 
     def forward(self,
         x, # Clean images (B, 3, size, size) in [0, 1]
-        mode=None, sigma_cam=None, sigma_var=None, tau=None, target=None, # See `PerturbCallback`; None: as in training
+        mode:str=None, # One of `MODES`; for this and the next four see `PerturbCallback`, None: as in training
+        sigma_cam:float=None, # Strength of the noise by Grad-CAM
+        sigma_var:float=None, # Strength of the noise on low-variance dimensions
+        tau:float=None, # Threshold of low variance in units of 1/sqrt(d)
+        target:str=None, # What Grad-CAM explains
         seed:int=0, # Of noise and views
         prepared=None, # What `prepare` returned for the same images, target and seed, if it was called before
     )->SimpleNamespace: # x, rec, pert (B, 3, S, S); z, s_hat, noise, std (B, d); v, mask (d,); cos (B,) of the two decoded images' features
@@ -95,7 +99,9 @@ class Synthesizer(nn.Module):
         return SimpleNamespace(x=s.x, rec=s.rec, pert=pert, z=s.z, s_hat=s.s_hat, noise=noisy.noise, std=std, v=self.v, mask=mask, cos=cos, tau=p.tau/len(self.v)**.5)
 
     @classmethod
-    def from_learner(cls, learn):
+    def from_learner(cls,
+        learn:Learner, # With `synth_pairs`
+    ):
         "What a learner with `synth_pairs` has at this moment, copied"
         net = get_model(learn.model)
         if not hasattr(net, 'decoder'): raise InputError("This learner has no decoder, so it cannot synthesize pairs: make it with cbs=synth_pairs().")
@@ -106,8 +112,11 @@ class Synthesizer(nn.Module):
         with torch.no_grad(), eval_mode(net): kw.update(learn.ssl.explained(others))
         return deepcopy(cls(net.encoder, net.decoder, v=None if bank is None else bank.std(), unit=unit, **kw))
 
-    def save(self, path, **info):
-        "Write everything to one `.safetensors` file"
+    def save(self,
+        path, # File to write, with its suffix
+        **info, # Kept with it, as JSON
+    )->Path: # The file
+        "Write everything to one `.safetensors` file; `info` is there again after `load`"
         if not (self.encoder.arch and isinstance(self.decoder, Decoder)):
             raise InputError("Only an encoder made by name and fgsynth's own decoder can be saved: save others as state dicts.")
         meta = dict(arch=self.encoder.arch, size=self.encoder.size, num_features=self.encoder.num_features, decoder=[getattr(self.decoder, n) for n in ('d','size','width','grid','draw')],
@@ -118,7 +127,9 @@ class Synthesizer(nn.Module):
         return path
 
     @classmethod
-    def load(cls, path):
+    def load(cls,
+        path, # File that `save` wrote
+    ):
         "Read back what `save` wrote"
         path = Path(path)
         if not path.is_file(): raise InputError(f"There is no file {str(path)!r}: a run with synthesized pairs writes it as synth.safetensors.")

@@ -14,7 +14,7 @@ from fastai.basics import *
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import *
-from fastai.callback.training import bn_types
+from torch.nn.modules.batchnorm import _BatchNorm # of any dimension, and the one that processes share
 from .core import InputError, check_name
 from .data import float_images
 from .distrib import Shuffle, draw_apart, engine, gather, joined, mean_of_all, share, world
@@ -29,7 +29,7 @@ def batch_stats_only(
     model:nn.Module, # Network whose batch norms shall not learn from the passes inside
 ):
     "Inside, a batch norm in training mode normalises by its batch as always but leaves its running statistics alone"
-    bns = [m for m in model.modules() if isinstance(m, bn_types) and m.track_running_stats]
+    bns = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     for m in bns: m.track_running_stats = False
     try: yield model
     finally:
@@ -70,7 +70,7 @@ class SSLModel(nn.Module):
     def train(self, mode=True):
         super().train(mode)
         for n,m in self.named_modules(): # a batch norm that does not train keeps its statistics, in the slow copy as in the encoder
-            if 'encoder' in n.split('.')[0] and isinstance(m, bn_types):
+            if 'encoder' in n.split('.')[0] and isinstance(m, _BatchNorm):
                 w = self.get_submodule(n.removeprefix('key_')).weight
                 if self.frozen_bn or w is not None and not w.requires_grad: m.eval()
         return self
@@ -108,6 +108,7 @@ class SSLMethod(Callback):
     recipe = staticmethod(mocov2_views) # makes the `Views` for an image size
     signed = False # whether the loss can be negative, which `lr_find` would take for divergence
     held = () # heads whose learning rate `fit_cosine` leaves where it is
+    skipped = False # was the step that is being taken given up?
     def __init__(self,
         views=None, # `Views` in place of the recipe's
         temperature:float=0.2, # Of the contrastive losses (section 4.1)
@@ -181,7 +182,7 @@ class SSLMethod(Callback):
         if world()>1:
             engine(); net = self.net
             share([*net.parameters(), *net.buffers()])
-            memory = [('', net)] + [('bank.', net.bank)]*hasattr(net, 'bank')
+            memory = [('', net)] + ([('bank.', net.bank)] if hasattr(net, 'bank') else [])
             net._ddp_params_and_buffers_to_ignore = [p+n for p,m in memory for n,_ in m.named_buffers(recurse=False)] # long, and equal already
             draw_apart() # views and noise
         if self.signed and hasattr(self.learn, 'lr_finder'): self.learn.lr_finder.stop_div = False
@@ -198,8 +199,11 @@ class SSLMethod(Callback):
     def after_backward(self):
         with torch.no_grad(): self.enqueue(*self.learn.pred)
 
+    def after_cancel_step(self): self.skipped = True                         # float16: gradients that were too large
     def after_step(self):
-        with torch.no_grad(): self.follow()
+        if not self.skipped:
+            with torch.no_grad(): self.follow()
+        self.skipped = False
 
 # %% ../nbs/06_ssl.ipynb #ffa1d092
 def rising(
@@ -263,7 +267,7 @@ class MoCoV2(SSLMethod):
     def build(self, encoder, dls):
         d,n,bs = num_features(encoder),len(dls.train_ds),dls.train.bs
         K = self.K or max(bs, min(65536, n)//bs*bs)
-        if K>n: warnings.warn(f"The queue (K = {K}) is longer than the data set ({n} images), so every image meets itself as a negative: "
+        if K>n and not self.mask_same_image: warnings.warn(f"The queue (K = {K}) is longer than the data set ({n} images), so every image meets itself as a negative: "
                               "choose a smaller K or mask_same_image=True.")
         return MoCoModel(encoder, MLPHead(d, d, self.dim), self.dim, K, shuffle_bn=self.shuffle_bn)
 
@@ -397,11 +401,13 @@ def ssl_learner(
         for p in sum(st[:frozen_stages], []): p.requires_grad_(False)
     if channels_last: model.to(memory_format=torch.channels_last)
     if check_name(precision, ['fp32','bf16','auto'], 'precision')=='auto':
+        if num_distrib()>1: raise InputError("Each of several processes would measure by itself which precision is faster, and they might not agree: give fp32 or bf16.")
         precision,ratio = faster_precision(model.encoder, dls.size, dls.train.bs, dls.device)
         print(f'{precision}: here bfloat16 runs {ratio:.1f} times as fast as float32')
     cbs = L(method) + L(cbs) + (L(Bfloat16()) if precision=='bf16' else L()) + (L(HealthCallback()) if health else L())
     learn = Learner(dls, model.to(dls.device), loss_func=method.criterion, opt_func=opt_func, lr=lr, wd=wd, wd_bn_bias=wd_bn_bias,
                    splitter=_ssl_splitter, moms=moms, cbs=cbs, **kwargs)
+    learn.precision = precision
     if compile is not False:
         for n in 'encoder','key_encoder','decoder':
             if hasattr(model, n): getattr(model, n).compile(**(compile if isinstance(compile, dict) else {}))

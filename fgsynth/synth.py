@@ -12,9 +12,10 @@ from types import SimpleNamespace
 from contextlib import nullcontext
 from functools import wraps
 from fastai.basics import *
+from fastai.callback.fp16 import MixedPrecision
 from .core import InputError, check_name
 from .data import float_images
-from .distrib import engine, gather, mean_of_all, world
+from .distrib import engine, gather, mean_of_all, share, world
 from .health import HealthCallback
 from .models import Decoder, eval_mode, num_features
 from .perturb import MODES, NORMS, FeatureBank, Perturbed, cam_scores, low_variance, min_max, normalize, perturb
@@ -63,6 +64,17 @@ class OptState(nn.Module):
     def get_extra_state(self): return self.opt.state_dict()
     def set_extra_state(self, state): self.opt.load_state_dict(state)
 
+def _scaler(learn):
+    "The one of float16, where it is used"
+    s = getattr(learn, 'scaler', None)
+    return s if s is not None and s.is_enabled() else None
+
+class _Unscale(Callback):
+    "float16: gradients of the decoder's own optimizer get their size back before somebody clips them, and after a step that is none was given up"
+    order,run_valid = MixedPrecision.order+.5,False
+    def before_step(self):
+        if s := _scaler(self.learn): s.unscale_(get_model(self.model).decoder_opt.opt)
+
 class DecoderCallback(SynthCallback):
     "Decode clean images from their features and learn from the error (Eq. 2)"
     order = 1
@@ -84,7 +96,9 @@ class DecoderCallback(SynthCallback):
         dec = self.decoder or Decoder(num_features(net.encoder, self.learn.dls.size), self.learn.dls.size, self.width, self.grid, self.draw)
         net.decoder = dec.to(self.learn.dls.device, memory_format=torch.channels_last)
         if self.update=='joint': net.heads = (*net.heads, 'decoder')
-        elif self.update=='own': net.decoder_opt = OptState(torch.optim.Adam(net.decoder.parameters(), lr=self.lr))
+        elif self.update=='own':
+            net.decoder_opt = OptState(torch.optim.Adam(net.decoder.parameters(), lr=self.lr))
+            self.learn.add_cb(_Unscale())
         self.learn.ssl.add_term('rec_loss')
 
     def before_fit(self):
@@ -105,8 +119,8 @@ class DecoderCallback(SynthCallback):
 
     def after_step(self):
         if self.update!='own': return
-        opt,scaler = self.net.decoder_opt.opt,getattr(self.learn, 'scaler', None)
-        if scaler is not None and scaler.is_enabled(): scaler.step(opt)
+        opt = self.net.decoder_opt.opt
+        if s := _scaler(self.learn): s.step(opt)
         else: opt.step()
         opt.zero_grad()
 
@@ -149,6 +163,7 @@ def pretrain_decoder(self:Learner,
     "Train the decoder alone on the features of the frozen encoder (Eq. 2)"
     net = get_model(self.model)
     if not hasattr(net, 'decoder'): raise InputError("There is no decoder to pre-train: make the learner with cbs=synth_pairs() or cbs=DecoderCallback().")
+    share([*net.parameters(), *net.buffers()])                               # several processes start from one encoder
     needs_grad = [p.requires_grad for p in net.decoder.parameters()]
     net.decoder.requires_grad_(True)
     mode = net.encoder.training

@@ -26,13 +26,13 @@ def flock(n):
 
 def two(x, *n): return [x, x.flip(3)] # views that nothing random is in
 
-def train(method, n, bs, epochs, still=False, bn=False):
+def train(method, n, bs, epochs, still=False, bn=False, cbs=None, items=None):
     "A learner after some epochs; `still`: images in their order, and noise of size 0"
-    dls = ssl_dls(flock(n), size=32, bs=bs)
+    dls = ssl_dls(items or flock(n), size=32, bs=bs, cache='auto' if items is None else False)
     if still: dls.train.shuffle = False
     torch.manual_seed(1)
-    pairs = synth_pairs(sigma_cam=0, sigma_var=0, max_pairs=None, anchor='rec', augment='none', residual=False, beta=.5, decoder_width=8, update='joint') if still else synth_pairs(decoder_width=8)
-    learn = ssl_learner(dls, net(bn), method, cbs=pairs, frozen_bn=not bn)
+    if cbs is None: cbs = synth_pairs(**as_written) if still else synth_pairs(decoder_width=8)
+    learn = ssl_learner(dls, net(bn), method, cbs=cbs, frozen_bn=not bn)
     with learn.no_bar(), learn.no_logging(), learn.distrib_ctx(sync_bn=False, cpu=True) if world_size>1 else nullcontext(): learn.fit(epochs, .05)
     return learn
 
@@ -43,12 +43,15 @@ def same_everywhere(learn, *leave):
     return all(gather(v[None]).eq(v).all() for v in state(learn, *leave).values())
 
 world_size = num_distrib() or 1
+still = dict(sigma_cam=0, sigma_var=0, max_pairs=None, augment='none', beta=.5, decoder_width=8)
+as_written = dict(still, anchor='rec', residual=False, update='joint')
 
 def alike(out):
     "Weights of the same training, written to a file"
     res = {}
-    for name,m in dict(mocov2=lambda: MoCoV2(K=96, momentum=.9, views=two), contrast=lambda: SSLMethod(views=two), simsiam=lambda: Smooth(views=two)).items():
-        learn = train(m(), 48, 48//world_size, 3, still=True)
+    kinds = dict(mocov2=lambda: MoCoV2(K=96, momentum=.9, views=two), contrast=lambda: SSLMethod(views=two), simsiam=lambda: Smooth(views=two))
+    for name,m,cbs in [(n,m,as_written) for n,m in kinds.items()] + [('mocov2, defaults', kinds['mocov2'], still), ('contrast, defaults', kinds['contrast'], still), ('mocov2 alone', kinds['mocov2'], None)]:
+        learn = train(m(), 48, 48//world_size, 3, still=True, cbs=[] if cbs is None else synth_pairs(**cbs))
         if world_size>1: assert same_everywhere(learn), name
         res |= {f'{name}.{k}':v for k,v in state(learn, 'bank').items()} # whose length goes by the batch
         res |= {f'{name}.{k}':tensor(v) for k,v in zip(learn.recorder.metric_names[1:], learn.recorder.values[-1]) if k in ('ssl_loss','rec_loss','pair_loss')}
@@ -77,6 +80,10 @@ def everything():
             terms = tensor([o for o in learn.recorder.values[-1][1:]])       # the first is fastai's own, of this process
             assert gather(terms).view(world(), -1).diff(dim=0).abs().max()<1e-6, 'columns differ'
             if rank()==0: print(name, 'batch norm' if bn else 'no batch norm', [f'{o:.3f}' for o in terms.tolist()])
+    learn = ssl_learner(ssl_dls(flock(50), size=32, bs=8), net(), cbs=synth_pairs(decoder_width=8))
+    for q in learn.model.parameters(): q.data.mul_(1+rank())                 # made without a seed, say
+    with learn.no_bar(), learn.no_logging(), learn.distrib_ctx(sync_bn=False, cpu=True) if world_size>1 else nullcontext(): learn.pretrain_decoder(1)
+    assert same_everywhere(learn), 'decoders of different encoders'
 
 def measures(out):
     "What `evaluate` says of images that do not come out even, one file among them unreadable"
@@ -94,6 +101,9 @@ def measures(out):
     res['files'] = features(enc, sorted(folder.glob('*.png')), bs=4, size=32, spread=True)
     res['two'] = features(enc, data.train[:2], spread=True)                   # fewer than processes
     for k,v in res.items(): assert gather(v[None]).eq(v).all(), k
+    if world_size>1: # training on files that are decoded on demand: each process takes as many steps, though one meets the unreadable file
+        learn = train(MoCoV2(dim=32), 0, 4, 2, items=Items('files', L(sorted(folder.glob('*.png'))), L()))
+        assert len(learn.recorder.losses)==2*(-(-23//world_size)//4), learn.recorder.losses
     if rank()==0: torch.save(res, out)
 
 if __name__=='__main__':

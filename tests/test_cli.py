@@ -110,7 +110,7 @@ def wrong(tmp, photos, trained):
     return [(['--data','gtsbr'], "did you mean 'gtsrb'"), (['--data',tmp/'nowhere'], 'nowhere'), (['--data',tmp/'empty'], 'empty'),
         (['--data','gtsrb','--path',tmp/'nowhere'], 'nowhere'), (['--data','cub200','--path',tmp/'empty'], 'images'),
         (['--arch','resnet81'], "did you mean 'resnet"), (['--method','mocov3'], "did you mean 'mocov2'"), (['--synth','bth'], "did you mean 'both'"),
-        (['--size','16'], '32'), (['--size','-1'], '--size'), (['--epochs','0'], '--epochs'), (['--bs','0'], '--bs'), (['--sigma_cam','-1'], 'noise'),
+        (['--size','16'], '32'), (['--size','-1'], '--size'), (['--epochs','0'], '--epochs'), (['--bs','0'], '--bs'), (['--sigma_cam','-1'], 'from 0 up'),
         (['--data',few,'--bs','16'], '16'), (['--weights',tmp/'nothing.pth'], 'nothing.pth'), (['--weights',tmp/'other.pth'], 'do not fit'), (['--weights',tmp/'file'], 'cannot be read'),
         (['--out',trained], 'already holds another run'), (['--out',tmp/'empty/../few'], 'not empty'), (['--out',tmp/'file'], 'is a file')]
 

@@ -32,7 +32,7 @@ def test_like_one_process(alone, n, tmp_path):
     "Three steps of three methods with pairs: weights, queue and loss terms are those of one process on all images"
     got,one = by_ranks('alike', n, tmp_path),alone['alike']
     assert got.keys()==one.keys() and len(got)>90
-    for k in one: torch.testing.assert_close(got[k].double(), one[k].double(), rtol=1e-5, atol=1e-6, msg=lambda m: f'{k}: {m}')
+    for k in one: torch.testing.assert_close(got[k].double(), one[k].double(), rtol=1e-5, atol=1e-5 if 'decoder' in k else 1e-6, msg=lambda m: f'{k}: {m}') # Adam makes much of small differences
 
 @pytest.mark.parametrize('n', [2, 3])
 def test_measures_of_shares(alone, n, tmp_path):
@@ -81,9 +81,12 @@ def test_resume_with_another_number(first, then, photos, tmp_path):
     out = tmp_path/'run'
     dying(tmp_path, 'if self.train_iter==3: raise SystemExit(3)')
     args = ['--data', photos, *small, '--epochs', 3, '--out', out, '--save_every', 1]
-    assert spread(first, tmp_path/'die.py', *args, ok=False).returncode
+    def bs(n): return '--bs', 16//n                                          # as many images in all
+    assert spread(first, tmp_path/'die.py', *args, *bs(first), ok=False).returncode
     assert 'seconds' not in json.loads((out/'settings.json').read_text())
-    said = spread(then, exe/'fgsynth_train', *args, '--resume').stdout
+    r = spread(then, exe/'fgsynth_train', *args, *bs(first), '--resume', ok=False)
+    assert r.returncode and f'bs of all processes (16 there, {16*then//first} here)' in r.stderr
+    said = spread(then, exe/'fgsynth_train', *args, *bs(then), '--resume').stdout
     assert 'Going on with the training' in said and 'seconds' in json.loads((out/'settings.json').read_text())
     assert all(v.isfinite().all() for v in load_file(out/'encoder.safetensors').values() if v.is_floating_point())
 
@@ -92,4 +95,9 @@ def test_a_process_that_dies(photos, tmp_path):
     dying(tmp_path, 'if self.train_iter==2 and rank_distrib()==1: os.kill(os.getpid(), signal.SIGKILL)')
     start = time.time()
     r = spread(3, tmp_path/'die.py', '--data', photos, *small, '--epochs', 200, '--out', tmp_path/'run', ok=False)
-    assert r.returncode and 'SIGKILL' in r.stderr and time.time()-start<120
+    assert r.returncode and 'SIGKILL' in r.stderr and time.time()-start<120 # a minute, and what it takes to start
+
+def test_share_smaller_than_a_batch(photos, tmp_path):
+    "Refused before anything is computed, in each process"
+    r = train(2, photos, tmp_path/'run', '--bs', 32, ok=False)
+    assert r.returncode and 'There are 50 training images but a batch needs 32 in each of 2 processes' in r.stderr

@@ -13,7 +13,7 @@ from fastai.torch_core import set_seed
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fgsynth.data import get_dataset, ssl_dls
 from fgsynth.models import Encoder
-from fgsynth.ssl import MoCoV2, SimSiam, ssl_learner
+from fgsynth.ssl import MoCoV2, SimSiam, batch_stats_only, ssl_learner
 from fgsynth.synth import PerturbCallback, synth_pairs
 
 @pytest.fixture(scope='module')
@@ -74,6 +74,37 @@ def test_float16_with_a_scaler(items):
     assert scales==(2**10, 2**9, 2**9, 2**9)
     for w in enc,dec: assert [w[i].equal(w[i+1]) for i in range(3)]==[True,False,False]
     assert losses(learn).isfinite().all()
+
+def test_float16_step_that_is_none_moves_no_slow_copy(items):
+    "The key encoder follows where the optimizer stepped, and nowhere else"
+    seen = []
+    def spoil(l):
+        if l.train_iter==1: l.model.encoder.body[0].weight.grad[0] = torch.inf
+    def look(l): seen.append((l.model.encoder.body[0].weight.detach().clone(), l.model.key_encoder.body[0].weight.detach().clone()))
+    fit(make(items, Half(), At('after_backward', spoil), At('after_batch', look), method=MoCoV2(momentum=.5)), 1, .01)
+    for w in zip(*seen): assert [w[i].equal(w[i+1]) for i in range(3)]==[True,False,False]
+
+def test_float16_and_gradient_clip(items):
+    "What is clipped has its own size, the decoder's gradients too, and not that of the scaled loss"
+    def norms(*cbs):
+        seen = {}
+        def look(l):
+            for n in 'encoder','projector','decoder': seen[n] = sum((p.grad**2).sum() for p in getattr(l.model, n).parameters() if p.grad is not None)**.5
+            raise CancelFitException()
+        fit(make(items, *cbs, GradientClip(.5), At('before_step', look)), 1, .01)
+        return seen
+    full,half = norms(),norms(Half())
+    assert all(abs(half[k]/full[k]-1)<.05 for k in full), (full, half)
+
+def test_synchronised_batch_norm(items):
+    "What several processes share is a batch norm like the others: frozen where it should be, and decoded images leave no trace in it"
+    learn = make(items, bn=True); net = learn.model
+    net.frozen_bn = True; net.encoder = nn.SyncBatchNorm.convert_sync_batchnorm(net.encoder)
+    bns = [m for m in net.encoder.modules() if isinstance(m, nn.SyncBatchNorm)]
+    net.train()
+    assert bns and not any(m.training for m in bns)
+    with batch_stats_only(net): assert not any(m.track_running_stats for m in bns)
+    assert all(m.track_running_stats for m in bns)
 
 def test_gradient_accumulation_equals_the_large_batch(items):
     """Two batches of 32 make the step of one of 64. The limits: what couples images within a batch is not accumulated, that is batch norm and

@@ -2,7 +2,7 @@
 import os, subprocess, sys
 import pytest, torch
 from conftest import call, root
-from fgsynth import run
+from fgsynth import run, ssl
 from fgsynth.data import get_dataset
 from fgsynth.resume import locked, read_checkpoint
 from safetensors.torch import load_file
@@ -113,3 +113,40 @@ def test_disk_full(flock, tmp_path, monkeypatch):
     call(monkeypatch, 'fgsynth_train', *small, '--out', out, '--resume')
     call(monkeypatch, 'fgsynth_train', *small, '--out', tmp_path/'whole')
     equal(*[load_file(o/'encoder.safetensors') for o in (out, tmp_path/'whole')])
+
+def test_disk_full_at_the_end(flock, tmp_path, monkeypatch):
+    "Results that cannot be written: one sentence, and the run is taken up from its last checkpoint"
+    out = tmp_path/'run'
+    def full(*args, **kwargs): raise OSError(28, 'No space left on device')
+    for name in '_write_csv','_pictures','write_report':
+        with monkeypatch.context() as m:
+            m.setattr(run, name, full)
+            refuses(m, 'No space left on device): make room, and go on with --resume', '--out', out, '--resume')
+    call(monkeypatch, 'fgsynth_train', *small, '--out', out, '--resume')
+    assert (out/'report.html').is_file()
+
+def test_settings_that_were_cut_off(stopped, tmp_path, monkeypatch):
+    "Killed while settings.json was written for the first time, the run starts; a damaged one is named"
+    (tmp_path/'new').mkdir(); (tmp_path/'new/settings.json.tmp').write_text('{"a')
+    call(monkeypatch, 'fgsynth_train', *small, '--out', tmp_path/'new', '--resume')
+    (stopped/'settings.json').write_text('{"a')
+    refuses(monkeypatch, "settings.json' is damaged", '--out', stopped, '--resume')
+
+def test_precision_that_was_measured(flock, tmp_path, monkeypatch):
+    "A run that chose for itself goes on with what it chose"
+    monkeypatch.setattr(ssl, 'faster_precision', lambda *a: ('bf16', 2.))
+    with monkeypatch.context() as m:
+        m.setattr(run, 'save_encoder', lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt): call(m, 'fgsynth_train', *small, '--precision', 'auto', '--out', tmp_path/'run')
+    monkeypatch.setattr(ssl, 'faster_precision', lambda *a: ('fp32', 1.))
+    build,seen = run.build,[]
+    monkeypatch.setattr(run, 'build', lambda items, s, *a: seen.append(s.precision) or build(items, s, *a))
+    call(monkeypatch, 'fgsynth_train', *small, '--precision', 'auto', '--out', tmp_path/'run', '--resume')
+    assert seen==['bf16']
+
+@pytest.mark.parametrize('name,value,words', [('bs',1,'from 2 up'), ('epochs',0,'from 1 up'), ('lr',-.03,'above 0'), ('lr','nan','above 0'), ('momentum',2,'from 0 to 1'), ('max_pairs',-3,'above 0'), ('beta',-1,'from 0 up'),
+    ('lam','nan','from 0 up'), ('layer_decay',-1,'above 0'), ('head_mult',0,'above 0'), ('tau',-1,'from 0 up'), ('pretrain_epochs',-4,'from 0 up'), ('decoder_lr',-1,'above 0'), ('decoder_width',0,'from 1 up'), ('sigma_cam','inf','from 0 up')])
+def test_numbers_that_cannot_be_meant(name, value, words, tmp_path, monkeypatch):
+    refuses(monkeypatch, f'--{name} is {value}', '--out', tmp_path/'run', f'--{name}={value}')
+    refuses(monkeypatch, words, '--out', tmp_path/'run', f'--{name}={value}')
+    assert not (tmp_path/'run').exists()
