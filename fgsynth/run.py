@@ -164,7 +164,7 @@ def synth_callbacks(
     if synth=='none': return []
     if synth=='reconstruction': return [DecoderCallback(s.beta, s.update, s.decoder_lr, None, s.decoder_width, s.decoder_grid, s.decoder_draw, max_pairs=None)]
     if synth in ('views','jitter'): return [SynthPairCallback(s.lam, lambda x: (x, x), s.max_pairs, augment='view' if synth=='views' else 'whole', anchor=s.anchor)]
-    dec,per,pair = synth_pairs('random' if synth=='within' else synth, s.sigma_cam, s.sigma_var, s.lam, s.beta, s.update, None, s.decoder_lr, s.decoder_width, s.decoder_grid, s.decoder_draw, s.max_pairs, s.augment, bool(s.residual), s.anchor,
+    dec,per,pair = synth_pairs('random' if synth=='within' else synth, s.sigma_cam, s.sigma_var, s.lam, s.beta, s.update, None, s.decoder_lr, s.decoder_width, s.decoder_grid, s.decoder_draw, s.max_pairs, s.augment, bool(s.residual), s.anchor, s.features,
                        tau=s.tau, target=s.target, norm=s.norm, relative=not s.absolute, distance=s.distance)
     return [dec, ClassNoise(max_pairs=s.max_pairs, distance=s.distance) if synth=='within' else per, pair]
 
@@ -260,6 +260,7 @@ def train(
     residual:int=1, # 1: add to the decoded images what the decoder could not draw, 0: do not, as in the paper
     anchor:str='view', # What the perturbed image is compared with: view (the method's first view of the clean image) or rec (the reconstruction, as in the paper; twice the cost)
     max_pairs:float=0.5, # Synthesize only the first so many images of each batch, or, up to 1, this share of it (1 in the paper)
+    features:str=None, # view: decode and shake the features of the first view, which are there already, in place of the clean image's; for --update frozen
     update:str='own', # Who moves the decoder during training: own (an Adam of its own), joint or frozen
     decoder_lr:float=1e-3, # Learning rate of the decoder's own Adam
     decoder_width:int=32, # Width of the decoder

@@ -31,6 +31,7 @@ class SynthCallback(Callback):
         self.setup()
 
     max_pairs = None # synthesize only the first so many images of each batch; up to 1, that share of it
+    features = None # of which image: the clean one, or the first 'view'
     def step_seed(self): return (torch.initial_seed() + 2*(self.learn.epoch*self.learn.n_iter + self.learn.train_iter)) % 2**63
     def setup(self): "Add modules to the model and columns to the table"
     def n_pairs(self):
@@ -47,6 +48,7 @@ class SynthCallback(Callback):
         s = self.learn.synth
         if s.z is None or not self.learn.training:
             s.x = self.learn.ssl.clean[:self.n_pairs()].as_subclass(Tensor)
+            if self.features=='view' and self.learn.training: s.z = self.net.last_features[:len(s.x)]; return s.z
             with batch_stats_only(self.net.encoder), torch.set_grad_enabled(grad and self.learn.training): s.z = self.net.encoder(s.x)
         return s.z
 
@@ -87,8 +89,11 @@ class DecoderCallback(SynthCallback):
         grid:int=None, # Its first map, see `Decoder`
         draw:int=None, # The side at which it draws, see `Decoder`
         max_pairs:float=0.5, # Decode only the first so many images of each batch, or, up to 1, this share of it; None: all, as in the paper
+        features:str=None, # What is decoded and shaken: the features of the clean image (None), or those of the method's first 'view' of it, which are there already; for a frozen decoder
     ):
         check_name(update, ['own','joint','frozen'], 'decoder update')
+        if features not in (None,'view'): raise InputError(f"Features are those of the clean image (None) or of the first 'view', not {features!r}.")
+        if features and (beta or update!='frozen'): raise InputError("A decoder cannot learn to draw the clean image from features of a view: with features='view' give beta=0 and update='frozen'.")
         store_attr()
 
     def setup(self):
@@ -336,9 +341,10 @@ def synth_pairs(
     augment:str='whole', # See `SynthPairCallback`
     residual:bool=True, # See `SynthPairCallback`
     anchor:str='view', # See `SynthPairCallback`
+    features:str=None, # See `DecoderCallback`
     paper:bool=False, # Take the paper's settings, `PAPER`, for what is not given
     **kwargs, # Passed to `PerturbCallback`: tau, tau_abs, target, norm, relative, bank_size, distance
 )->list: # Three callbacks
     "Everything that the paper adds to a self-supervised method (Eq. 8)"
-    return [DecoderCallback(beta, update, decoder_lr, decoder, decoder_width, decoder_grid, decoder_draw, max_pairs), PerturbCallback(mode, sigma_cam, sigma_var, max_pairs=max_pairs, **kwargs),
+    return [DecoderCallback(beta, update, decoder_lr, decoder, decoder_width, decoder_grid, decoder_draw, max_pairs, features), PerturbCallback(mode, sigma_cam, sigma_var, max_pairs=max_pairs, **kwargs),
             SynthPairCallback(lam, max_pairs=max_pairs, augment=augment, residual=residual, anchor=anchor)]

@@ -38,7 +38,7 @@ experiments = dict(
     start = [dict(synth='none', epochs=0)],
     headline = [*_vary('synth', 'none', 'both', 'cam', 'low_var', 'random'), dict(synth='none', lr=.01)],
     controls = [*_vary('synth', 'none', 'views', 'jitter', 'random', 'both'), dict(synth='reconstruction', beta=.5)],
-    pairs = [dict(), dict(augment='view'), dict(augment='none'), dict(max_pairs=None), dict(max_pairs=16), dict(anchor='rec'), dict(residual=False),
+    pairs = [dict(), dict(features='view'), dict(augment='view'), dict(augment='none'), dict(max_pairs=None), dict(max_pairs=16), dict(anchor='rec'), dict(residual=False),
              *[dict(anchor='rec', residual=False, augment='none', **k) for k in ({}, dict(max_pairs=None, update='joint', beta=.5))]], # as written; and all of it
     simsiam = _vary('synth', 'none', 'both', 'cam', 'low_var', 'random', **_simsiam),
     length = [*[dict(synth=s, epochs=e) for e in (3, 6, 12, 24) for s in ('none','both')], dict(synth='none', epochs=7)], # 7 take longer than 3 with pairs
@@ -57,7 +57,7 @@ experiments = dict(
 _measures = 'seconds top1_100 top1_50 top1_20 rank1 rank5 map rank1_gallery map_gallery'.split()
 _first = 'experiment data encoder size method synth seed epochs'.split()
 _train = 'bs lr schedule head_mult frozen_stages layer_decay momentum pretrained frozen_bn'.split()
-_pair = 'lam max_pairs anchor'.split()
+_pair = 'lam max_pairs anchor features'.split()
 _decoder = 'pretrain_epochs update decoder_lr decoder_width decoder_grid decoder_draw beta'.split()
 _noise = 'sigma_cam sigma_var tau target norm absolute distance augment residual'.split()
 _others = 'split knn feat_std rec_loss pair_diff decoded_top1 preset commit machine torch'.split()
