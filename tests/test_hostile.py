@@ -415,6 +415,22 @@ def _(d):
     from fgsynth.run import open_run
     with without_rights(d): open_run(d/'run')
 
+@kind(S, 'disk full while a checkpoint is written')
+def _(d):
+    from fgsynth.resume import read_checkpoint, write_checkpoint
+    write_checkpoint(d, dict(i=1))
+    def full(state, f): f.write(b'x'); raise OSError(28, 'No space left on device')
+    try:
+        with patch('torch.save', full): write_checkpoint(d, dict(i=2))
+    finally: assert read_checkpoint(d)==dict(i=1) and [o.name for o in d.iterdir()]==['000001.pt']
+
+@kind(S, 'two runs into one folder at once')
+def _(d):
+    from fgsynth.resume import locked
+    with locked(d):
+        (d/'.lock').write_text('1234')
+        with locked(d): pass
+
 # Downloads
 
 S = 'Downloads'

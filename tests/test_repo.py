@@ -1,11 +1,10 @@
 "The repository's habits: what must hold for every notebook, page, module and command"
-import ast, configparser, importlib.util, json, re, runpy, shutil, subprocess, sys
+import ast, configparser, importlib.util, json, re, shutil, subprocess, sys
 from pathlib import Path
 import pytest, yaml
 from conftest import root
 
 nbs_dir = root/'nbs'
-modidx = runpy.run_path(root/'fgsynth'/'_modidx.py')['d']
 nbs = sorted(o for o in nbs_dir.rglob('*.ipynb') if not any(p[0] in '._' for p in o.relative_to(nbs_dir).parts))
 ids = [o.relative_to(nbs_dir).as_posix() for o in nbs]
 cfg = configparser.ConfigParser(delimiters=['='])
@@ -45,11 +44,13 @@ def test_cell_ids_differ(nb):
     found = [c['id'] for c in cells(nb)]
     assert len(set(found))==len(found)
 
+def _hidden(cell): return cell['cell_type']=='code' and {o.split()[0] for o in directives(cell)} & {'hide','export','exports','exporti','default_exp'}
+
 def _shown(nb):
     "Code cells that a reader sees, and which of them end in an expression whose value would show"
     for c in cells(nb):
-        d = directives(c) if c['cell_type']=='code' else {'hide':''}
-        if {o.split()[0] for o in d} & {'hide','export','exports','exporti','default_exp'}: continue
+        if c['cell_type']!='code' or _hidden(c): continue
+        d = directives(c)
         try: last = (ast.parse(source(c)).body or [None])[-1]
         except SyntaxError: last = None # a magic
         value = isinstance(last, ast.Expr) and not source(c).rstrip().endswith(';')
@@ -70,6 +71,20 @@ def test_alt_texts(nb):
     text = [m for c in cells(nb) if c['cell_type']=='markdown' for m in re.findall(r'!\[\s*\]\([^)]*\)', source(c))]
     made = [m for c,_,_ in _shown(nb) for o in c.get('outputs',[]) for m in re.findall(r'<img\b(?![^>]*\balt="[^"]+")[^>]*>', ''.join(o.get('data',{}).get('text/html','')))]
     assert not bad + text + made, bad + text + made
+
+@each_nb
+def test_picture_comes_early(nb):
+    "A picture is among the first six cells that a reader sees"
+    def pictured(c):
+        if c['cell_type']=='markdown': return re.search(r'!\[[^\]]*\]\(', source(c))
+        return any(k.startswith('image/') for o in c.get('outputs',[]) for k in o.get('data',{}))
+    assert any(pictured(c) for c in [c for c in cells(nb) if not _hidden(c)][:6])
+
+@pytest.mark.parametrize('nb', [o for o in nbs if o!=nbs_dir/'index.ipynb'], ids=[o for o in ids if o!='index.ipynb'])
+def test_says_what_is_next(nb):
+    "The last words of a page lead to another"
+    last = [source(c) for c in cells(nb) if c['cell_type']=='markdown'][-1]
+    assert re.search(r'\bNext: [^\n]*\]\([^)]+\)', last), last[-200:]
 
 def directives(cell): return dict(o.split(':',1) if ':' in o else (o,'') for o in re.findall(r'^#\s*\|\s*(\S.*?)\s*$', source(cell), flags=re.M))
 
@@ -209,13 +224,15 @@ def test_links(site):
     assert 'page(s)' in r.stderr, r.stderr
 
 def test_links_to_symbols(site):
-    "Names in backticks lead to pages and entries that exist"
-    made = {re.search(r'output-file: (\S+)', source(cells(o)[0]))[1] for o in site.rglob('*.ipynb') if 'output-file' in source(cells(o)[0])}
-    entries = {v[0] for mod in modidx['syms'].values() for v in mod.values()}
+    "Names in backticks lead to entries that their pages show"
+    shown = set()
+    for o in site.rglob('*.ipynb'):
+        page = re.search(r'output-file: (\S+)', source(cells(o)[0]))
+        if page: shown |= {f'{page[1]}#{m.lower()}' for c in cells(o) if c['cell_type']=='code' for m in re.findall(r'^show_doc\(([\w.]+)', source(c), re.M)}
     base = f"{cfg['doc_host']}{cfg['doc_baseurl']}/"
     found = {m for o in site.rglob('*.ipynb') for c in cells(o) for m in re.findall(re.escape(base)+r'(\w+\.html#[\w.]+)', source(c))}
     assert len(found)>50
-    assert not [o for o in found if o.split('#')[0] not in made or o not in entries], found
+    assert not found-shown, f'no show_doc for {sorted(found-shown)}'
 
 def test_survivors_have_reasons():
     "Of each change to a module that no test noticed it is said why, and of no other"
@@ -225,3 +242,24 @@ def test_survivors_have_reasons():
         if f.stem=='reasons': continue
         survived = {k for k,v in json.loads(f.read_text(encoding='utf-8')).items() if not v}
         assert survived==set(reasons.get(f.stem, {})), f.stem
+
+def test_import_needs_no_network():
+    "Whoever imports the package asks nobody anything"
+    code = """import socket
+asked = []
+def no(*args, **kwargs): asked.append(args); raise OSError('no network')
+socket.socket.connect = socket.getaddrinfo = socket.create_connection = no
+import fastai.vision.all, fgsynth.all, fgsynth.table
+assert not asked, asked"""
+    r = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True)
+    assert r.returncode==0, r.stderr
+
+def test_no_code_from_strings_and_no_shell():
+    "Nothing in the modules runs text as code, or as a command of a shell"
+    for f in (root/'fgsynth').glob('*.py'):
+        for o in ast.walk(ast.parse(f.read_text(encoding='utf-8'))):
+            if not isinstance(o, ast.Call): continue
+            assert not (isinstance(o.func, ast.Name) and o.func.id in ('eval','exec','compile','__import__')), (f.name, o.lineno)
+            assert not (isinstance(o.func, ast.Attribute) and o.func.attr in ('system','popen')), (f.name, o.lineno)
+            assert not any(k.arg=='shell' for k in o.keywords), (f.name, o.lineno)
+            assert not any(k.arg=='weights_only' and k.value.value is not True for k in o.keywords), (f.name, o.lineno)
