@@ -49,15 +49,15 @@ def main(
     if not folder.is_dir(): raise SystemExit('There are no image files to train on: give --path, a folder with one sub-folder per class.')
     items = get_dataset(str(folder)); items.train = items.train[:n]
     if items.train_labels is not None: items.train_labels = items.train_labels[:n]
-    def ours(cache):
+    def ours(cache, precision='auto'):
         start = now()
-        learn = ssl_learner(ssl_dls(items, size=size, bs=bs, cache=cache), 'resnet18', MoCoV2(momentum=.99))
+        learn = ssl_learner(ssl_dls(items, size=size, bs=bs, cache=cache), 'resnet18', MoCoV2(momentum=.99), precision=precision)
         ready = now()-start
         def epoch():
             with learn.no_bar(), learn.no_logging(): learn.fit(1, .06)
         return epoch,ready
     kept,ready = ours(True)
-    fs = {'lightly':lightly_epoch(folder, size, bs, workers, n), 'fgsynth, decoded once':kept, 'fgsynth, decoded each time':ours(False)[0]}
+    fs = {'lightly':lightly_epoch(folder, size, bs, workers, n), 'fgsynth':kept, 'fgsynth, files decoded in each epoch':ours(False)[0], 'fgsynth, float32':ours(True, 'fp32')[0]}
     rows = rows_of(alternate(fs, rounds), 'lightly')
     for r in rows: r['images_per_second'] = n//bs*bs/r['seconds']; r['faster'] = 1/r['ratio']
     save('files', f'MoCo v2 from files, resnet18, {size} pixels, batch {bs}, {n} images', rows, decode_once_seconds=ready, workers=workers)

@@ -12,13 +12,19 @@ def main(rounds:int=5): # Turns
     save('import', 'Import, seconds', rows)
     from fastai.vision.all import set_seed
     from fgsynth.all import Explorer, MoCoV2, get_dataset, ssl_dls, ssl_learner, synth_pairs
-    set_seed(0)
-    items = get_dataset('finches', n_train=256, n_test=2, size=64)
-    learn = ssl_learner(ssl_dls(items, size=64, bs=64), 'timm/test_byobnet', MoCoV2(), cbs=synth_pairs(decoder_width=16))
-    with learn.no_bar(), learn.no_logging(): learn.pretrain_decoder(1); learn.fit(1)
-    ex = Explorer.from_learner(learn); ex.widget()
-    def redraw():
-        ts = []
-        for s in (0.,1.,2.,4.,5.): t = now(); ex.controls.sigma_cam.value = s; ts.append(now()-t)
-        return ts
-    save('redraw', 'Redraw of the explorer after a move of a slider', rows_of(alternate({'redraw':redraw}, rounds), 'redraw'))
+    items,fs = get_dataset('finches', n_train=256, n_test=2, size=64),{}
+    def moves(ex, name, values):
+        def f():
+            ts = []
+            for v in values: t = now(); setattr(getattr(ex.controls, name), 'value', v); ts.append(now()-t)
+            return ts
+        return f
+    for arch in 'timm/test_byobnet','resnet18','lite0':
+        set_seed(0)
+        try: learn = ssl_learner(ssl_dls(items, size=64, bs=64), arch, MoCoV2(), cbs=synth_pairs(decoder_width=16))
+        except ValueError as e: print(e); continue                           # lite0 is an extra
+        with learn.no_bar(), learn.no_logging(): learn.pretrain_decoder(1); learn.fit(1)
+        ex = Explorer.from_learner(learn); ex.widget()
+        for name,values in dict(sigma_cam=(0.,1.,2.,4.,5.), tau=(.1,.5,1.,2.,2.5), seed=(1,2,3,4,5), first=(6,12,18,3,9)).items():
+            fs[f'{arch}: {name}'] = moves(ex, name, values)
+    save('redraw', 'Redraw of the explorer, six images of 64 pixels, after a move of a control', rows_of(alternate(fs, rounds), next(iter(fs))))

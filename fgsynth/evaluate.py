@@ -193,7 +193,7 @@ def retrieval(
     y:Tensor, # (N,) their labels
     gallery:Tensor=None, # (M, d) features to search; None: the queries themselves, each left out of its own search
     gallery_y:Tensor=None, # (M,) labels of the gallery
-    bs:int=None, # Queries at a time; None: as many as give 8 million similarities
+    bs:int=None, # Queries at a time; None: as many as give 16 million similarities
     spread:bool=False, # Of several processes, all of which call this with the same features: each takes its share of the queries
 )->dict: # 'rank1', 'rank5' and 'map' in percent, 'queries' (answered) and 'skipped' (no image of their class in the gallery)
     "Exact retrieval by cosine similarity: rank-1, rank-5 and mean average precision"
@@ -207,7 +207,7 @@ def retrieval(
     me = order.argsort()                                                     # the column of each query, if `own`
     tot,todo = torch.zeros(4, dtype=torch.float64, device=z.device), y.argsort()
     if spread: todo = todo[own_share(len(todo))]
-    for i in todo.split(bs or max(1, 2**23//m)):
+    for i in todo.split(bs or max(1, 2**24//m)):
         s = (unit(z[i])*2**22@g.T).round_()
         if own: s[torch.arange(len(i), device=z.device), me[i]] = -torch.inf
         found = last[i]-first[i]
