@@ -689,15 +689,14 @@ class ImageDS:
 
     def __getitem__(self, i):
         if i>=len(self): raise IndexError(i)
-        for j in range(i, i + (len(self) if num_distrib()>1 else 1)):        # several processes need equally many: the next image that can be read takes its place
+        r = int(self.rows[i])
+        if self.cached: return TensorImage(self.images[r]),self.y[i]
+        if isinstance(self.images, torch.Tensor): return TensorImage(_resize(self.images[r:r+1], self.size)[0]),self.y[i]
+        for j in range(i, i + (len(self) if num_distrib()>1 else 1)):        # several processes need equally many: the next file that can be read takes its place
             j %= len(self)
-            try: return TensorImage(self.image(int(self.rows[j]))),self.y[j]
+            try: return TensorImage(decode_image(self.images[int(self.rows[j])], self.size)),self.y[j]
             except Exception: self.bad[j] = True
         raise SkipItemException
-
-    def image(self, r):
-        if self.cached: return self.images[r]
-        return _resize(self.images[r:r+1], self.size)[0] if isinstance(self.images, torch.Tensor) else decode_image(self.images[r], self.size)
 
     def batch(self, ix, device=None):
         "Images and targets at the positions `ix`, at once"

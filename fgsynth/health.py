@@ -18,6 +18,11 @@ def not_finite(
     return ~torch.stack([o.float() for o in torch._foreach_norm([t.detach().as_subclass(Tensor) for t in tensors])]).isfinite()
 
 # %% ../nbs/05_health.ipynb #c7548904
+def _scaler(learn):
+    "The gradient scaler of float16, where it is used"
+    s = getattr(learn, 'scaler', None)
+    return s if s is not None and s.is_enabled() else None
+
 def _differ(x): return (x[1:].float()-x[:-1].float()).norm()                 # how much each image differs from the next
 
 class HealthCallback(Callback):
@@ -64,8 +69,7 @@ class HealthCallback(Callback):
         if getattr(s, 'rec', None) is not None: self.count('contrast', _differ(s.rec)<.02*_differ(s.x))
 
     def after_backward(self):
-        scaler = getattr(self.learn, 'scaler', None)
-        if scaler and scaler.is_enabled(): return                            # float16: the scaler tries what is too large, and skips the step
+        if _scaler(self.learn): return                                       # float16: the scaler tries what is too large, and skips the step
         self.note({n:p if p.grad is None else p.grad for n,p in self.grads.items()})
 
     def after_batch(self):

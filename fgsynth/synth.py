@@ -16,7 +16,7 @@ from fastai.callback.fp16 import MixedPrecision
 from .core import InputError, check_name
 from .data import float_images
 from .distrib import engine, gather, mean_of_all, share, world
-from .health import HealthCallback
+from .health import HealthCallback, _scaler
 from .models import Decoder, eval_mode, num_features
 from .perturb import MODES, NORMS, FeatureBank, Perturbed, cam_scores, low_variance, min_max, normalize, perturb
 from .ssl import SSLMethod, batch_stats_only
@@ -48,8 +48,9 @@ class SynthCallback(Callback):
         s = self.learn.synth
         if s.z is None or not self.learn.training:
             s.x = self.learn.ssl.clean[:self.n_pairs()].as_subclass(Tensor)
-            if self.features=='view' and self.learn.training: s.z = self.net.last_features[:len(s.x)]; return s.z
-            with batch_stats_only(self.net.encoder), torch.set_grad_enabled(grad and self.learn.training): s.z = self.net.encoder(s.x)
+            if self.features=='view' and self.learn.training: s.z = self.net.last_features[:len(s.x)]
+            else:
+                with batch_stats_only(self.net.encoder), torch.set_grad_enabled(grad and self.learn.training): s.z = self.net.encoder(s.x)
         return s.z
 
     def add_loss(self, name, loss, weight):
@@ -66,13 +67,8 @@ class OptState(nn.Module):
     def get_extra_state(self): return self.opt.state_dict()
     def set_extra_state(self, state): self.opt.load_state_dict(state)
 
-def _scaler(learn):
-    "The one of float16, where it is used"
-    s = getattr(learn, 'scaler', None)
-    return s if s is not None and s.is_enabled() else None
-
 class _Unscale(Callback):
-    "float16: gradients of the decoder's own optimizer get their size back before somebody clips them, and after a step that is none was given up"
+    "float16: gradients of the decoder's own optimizer get their size back before somebody clips them; a step that was given up does not come here"
     order,run_valid = MixedPrecision.order+.5,False
     def before_step(self):
         if s := _scaler(self.learn): s.unscale_(get_model(self.model).decoder_opt.opt)

@@ -1,6 +1,6 @@
 "What `test_distrib.py` runs in each process; prints what it found from the first one"
 import sys, warnings
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 import torch, torch.distributed as dist
 from fastai.basics import *
 from fastai.distributed import *
@@ -27,14 +27,18 @@ def flock(n):
 def two(x, *n): return [x, x.flip(3)] # views that nothing random is in
 
 def train(method, n, bs, epochs, still=False, bn=False, cbs=None, items=None):
-    "A learner after some epochs; `still`: images in their order, and noise of size 0"
+    "A learner after some epochs; `still`: images in their order"
     dls = ssl_dls(items or flock(n), size=32, bs=bs, cache='auto' if items is None else False)
     if still: dls.train.shuffle = False
     torch.manual_seed(1)
-    if cbs is None: cbs = synth_pairs(**as_written) if still else synth_pairs(decoder_width=8)
-    learn = ssl_learner(dls, net(bn), method, cbs=cbs, frozen_bn=not bn)
-    with learn.no_bar(), learn.no_logging(), learn.distrib_ctx(sync_bn=False, cpu=True) if world_size>1 else nullcontext(): learn.fit(epochs, .05)
+    learn = ssl_learner(dls, net(bn), method, cbs=synth_pairs(decoder_width=8) if cbs is None else cbs, frozen_bn=not bn)
+    with spread(learn): learn.fit(epochs, .05)
     return learn
+
+@contextmanager
+def spread(learn):
+    "Inside, the learner trains quietly in as many processes as there are"
+    with learn.no_bar(), learn.no_logging(), learn.distrib_ctx(sync_bn=False, cpu=True) if world_size>1 else nullcontext(): yield
 
 def state(learn, *leave): return {k:v for k,v in learn.model.state_dict().items() if isinstance(v, Tensor) and not any(o in k for o in leave)}
 
@@ -43,14 +47,14 @@ def same_everywhere(learn, *leave):
     return all(gather(v[None]).eq(v).all() for v in state(learn, *leave).values())
 
 world_size = num_distrib() or 1
-still = dict(sigma_cam=0, sigma_var=0, max_pairs=None, augment='none', beta=.5, decoder_width=8)
-as_written = dict(still, anchor='rec', residual=False, update='joint')
+no_noise = dict(sigma_cam=0, sigma_var=0, max_pairs=None, augment='none', beta=.5, decoder_width=8)
+as_written = dict(no_noise, anchor='rec', residual=False, update='joint')
 
 def alike(out):
     "Weights of the same training, written to a file"
     res = {}
     kinds = dict(mocov2=lambda: MoCoV2(K=96, momentum=.9, views=two), contrast=lambda: SSLMethod(views=two), simsiam=lambda: Smooth(views=two))
-    for name,m,cbs in [(n,m,as_written) for n,m in kinds.items()] + [('mocov2, defaults', kinds['mocov2'], still), ('contrast, defaults', kinds['contrast'], still), ('mocov2 alone', kinds['mocov2'], None)]:
+    for name,m,cbs in [(n,m,as_written) for n,m in kinds.items()] + [('mocov2, defaults', kinds['mocov2'], no_noise), ('contrast, defaults', kinds['contrast'], no_noise), ('mocov2 alone', kinds['mocov2'], None)]:
         learn = train(m(), 48, 48//world_size, 3, still=True, cbs=[] if cbs is None else synth_pairs(**cbs))
         if world_size>1: assert same_everywhere(learn), name
         res |= {f'{name}.{k}':v for k,v in state(learn, 'bank').items()} # whose length goes by the batch
@@ -82,7 +86,7 @@ def everything():
             if rank()==0: print(name, 'batch norm' if bn else 'no batch norm', [f'{o:.3f}' for o in terms.tolist()])
     learn = ssl_learner(ssl_dls(flock(50), size=32, bs=8), net(), cbs=synth_pairs(decoder_width=8))
     for q in learn.model.parameters(): q.data.mul_(1+rank())                 # made without a seed, say
-    with learn.no_bar(), learn.no_logging(), learn.distrib_ctx(sync_bn=False, cpu=True) if world_size>1 else nullcontext(): learn.pretrain_decoder(1)
+    with spread(learn): learn.pretrain_decoder(1)
     assert same_everywhere(learn), 'decoders of different encoders'
 
 def measures(out):
