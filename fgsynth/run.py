@@ -19,7 +19,7 @@ import fgsynth
 from . import byol, dino, simclr # they enter themselves in `methods`
 from .core import InputError, check_name
 from .data import Items, float_images, get_dataset, labelled_dls, ssl_dls
-from .distrib import engine, join_processes, rank
+from .distrib import engine, join_processes, leave, rank, wait_for_all
 from .finches import SPECIES, draw_finches
 from .evaluate import evaluate
 from .explore import Explorer
@@ -295,6 +295,7 @@ def train(
     if first: out = open_run(out, overwrite, resume)
     with locked(out) if first else redirect_stdout(io.StringIO()), _processes(learn, s):
         _train(learn, items, s, out, same, read_checkpoint(out/'checkpoints') if resume else None, save_every)
+        wait_for_all()
     learn.run = out
     return learn
 
@@ -435,11 +436,12 @@ def evaluate_run(
     encoder = load_encoder(run/'encoder.safetensors').to(join_processes())
     row = dict(method=s['method'], synth=s['synth'], seed=s['seed'], epochs=s['epochs'], data=items.name,
                **evaluate(encoder, items, s['size'], seed=seed, progress=noop if rank() else print, spread=True, augment=augment, flip=flip), seconds=s['seconds'])
-    if rank(): return row                                                    # the first process writes
-    _write_csv(run/'metrics.csv', [row])
-    _neighbours(encoder, items, s['size'], run); notes = _attention(encoder, items, s['size'])
-    write_report(run, f"{s['method']}, synthesized pairs: {s['synth']}, on {items.name}", s, [row], notes)
-    print('\n'.join([text_table([row]), *notes])); print(f'Wrote {run}/metrics.csv and {run}/report.html')
+    if not rank():                                                           # the first process writes
+        _write_csv(run/'metrics.csv', [row])
+        _neighbours(encoder, items, s['size'], run); notes = _attention(encoder, items, s['size'])
+        write_report(run, f"{s['method']}, synthesized pairs: {s['synth']}, on {items.name}", s, [row], notes)
+        print('\n'.join([text_table([row]), *notes])); print(f'Wrote {run}/metrics.csv and {run}/report.html')
+    wait_for_all()
     return row
 
 # %% ../nbs/11_run.ipynb #94f824c7
@@ -527,6 +529,7 @@ def _cli(f, prog):
             warnings.simplefilter('ignore', FutureWarning)                       # of libraries about each other
             warnings.formatwarning = as_sentence
             f(**args)
+        leave()
     except InputError as e: sys.exit(f'{prog}: {e}')
     finally: warnings.formatwarning = plain
 

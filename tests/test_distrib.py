@@ -97,6 +97,21 @@ def test_a_process_that_dies(photos, tmp_path):
     r = spread(3, tmp_path/'die.py', '--data', photos, *small, '--epochs', 200, '--out', tmp_path/'run', ok=False)
     assert r.returncode and 'SIGKILL' in r.stderr and time.time()-died.stat().st_mtime<60
 
+def test_a_process_that_dies_at_the_end(photos, tmp_path):
+    "All files of a training and of its measurement are written by then"
+    (tmp_path/'late.py').write_text("import os, sys, time; from fgsynth import run; from fgsynth.distrib import *; w = run.write_report\n"
+        "def late(*a): time.sleep(3); return w(*a)\n"
+        "run.write_report = late; getattr(run, sys.argv.pop(1))()\n"
+        "if run.rank_distrib(): os._exit(3)")
+    sets = photos.parent/'sets'
+    for i,f in enumerate(sorted(photos.glob('*.png'))):
+        to = sets/('test' if i%5==0 else 'train')/f'{i%2}'/f.name; to.parent.mkdir(parents=True, exist_ok=True); to.symlink_to(f)
+    out = tmp_path/'run'
+    r = spread(2, tmp_path/'late.py', 'fgsynth_train', '--data', sets, *small, '--epochs', 1, '--out', out, ok=False)
+    assert r.returncode and 'exitcode' in r.stderr and 'seconds' in json.loads((out/'settings.json').read_text())
+    r = spread(2, tmp_path/'late.py', 'fgsynth_eval', out, ok=False)
+    assert r.returncode and 'exitcode' in r.stderr and 'linear probe' in (out/'report.html').read_text().lower()
+
 def test_share_smaller_than_a_batch(photos, tmp_path):
     "Refused before anything is computed, in each process"
     r = train(2, photos, tmp_path/'run', '--bs', 32, ok=False)
