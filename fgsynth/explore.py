@@ -152,8 +152,8 @@ class Explorer:
             tau=W.FloatSlider(d['tau'], min=0, max=3, step=.01, description='tau · √d', **wide),
             mode=W.Dropdown(options=list(MODES), value=d['mode'], description='mode', **wide),
             first=W.IntSlider(0, min=0, max=max(0, len(self.images)-1), description='first image', **wide),
-            seed=W.BoundedIntText(0, min=0, max=10**6, description='seed', style=wide['style'], layout=W.Layout(width='170px')))
-        redraw,reset = [W.Button(description=d, tooltip=t, layout=W.Layout(width='75px')) for d,t in (('draw again','the next seed'),('reset','as in training'))]
+            seed=W.BoundedIntText(0, min=0, max=10**6, description='seed', style=wide['style'], layout=W.Layout(width='150px')))
+        redraw,reset = [W.Button(description=d, tooltip=t, layout=W.Layout(width=w)) for d,t,w in (('draw again','the next seed','105px'),('reset','as in training','75px'))]
         self.image,self.bars = W.Image(format='png'),W.Image(format='png')
         self.text,self.error = W.HTML(),W.HTML()
         c = self.controls
