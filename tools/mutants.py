@@ -8,7 +8,7 @@ from pathlib import Path
 os.environ |= dict(OMP_NUM_THREADS='1', MPLBACKEND='agg', PYTHONWARNINGS='ignore', IN_TEST='1')
 root = Path(__file__).resolve().parent.parent
 judges = dict(losses=['nbs/04_losses.ipynb','tests/test_properties.py'], perturb=['nbs/05_perturb.ipynb','tests/test_properties.py'], evaluate=['nbs/08_evaluate.ipynb','tests/test_properties.py'],
-              ssl=['nbs/06_ssl.ipynb','tests/test_properties.py'], synth=['nbs/07_synth.ipynb','nbs/paper/method.ipynb','tests/test_properties.py'])
+              ssl=['nbs/06_ssl.ipynb','tests/test_properties.py'], synth=['nbs/07_synth.ipynb','tests/test_properties.py'])
 operators = ['NumberReplacer','AddNot','ReplaceTrueWithFalse','ReplaceFalseWithTrue','ReplaceAndWithOr','ReplaceOrWithAnd','ZeroIterationForLoop','RemoveDecorator','ExceptionReplacer',
              *(f'ReplaceBinaryOperator_{o}' for o in 'Add_Sub Sub_Add Mul_Div Div_Mul Pow_Mul FloorDiv_Div Mod_Mul BitAnd_BitOr BitOr_BitAnd'.split()),
              *(f'ReplaceComparisonOperator_{o}' for o in 'Eq_NotEq NotEq_Eq Lt_LtE LtE_Lt Gt_GtE GtE_Gt Is_IsNot IsNot_Is'.split()),
