@@ -142,8 +142,10 @@ def _split(items, split, size):
     x,good = items.load(split, size) if hasattr(items, 'load') else load_images(images, size)
     return x, torch.as_tensor(y).long()[good], good
 
+_scale,_ratio = (0.08,1.),(3/4,4/3)
+
 @contextmanager
-def _fresh(encoder, x, seed, scale=(0.08,1.), ratio=(3/4,4/3), flip=0.5, bs=256):
+def _fresh(encoder, x, seed, flip, bs, scale=_scale, ratio=_ratio):
     "Inside, a function from indices to features of new random crops, drawn from the seed"
     views = Views(x.shape[-1], n=1, scale=scale, ratio=ratio, flip=flip, p_jitter=0, p_grey=0, p_blur=0)
     dev = next((p.device for p in encoder.parameters()), torch.device('cpu'))
@@ -161,8 +163,8 @@ def linear_probe(
     lr:float=30., # Learning rate (appendix B.3: 30)
     schedule:str='cosine', # 'cosine' or 'step'
     augment:bool=False, # False: features are taken once; True: random crop and flip in every epoch (full protocol)
-    scale:tuple=(0.08,1.), # Range of the crop's area where `augment` (torchvision's default, which MoCo's main_lincls.py takes)
-    ratio:tuple=(3/4,4/3), # Range of its width over its height (the same)
+    scale:tuple=_scale, # Range of the crop's area where `augment` (torchvision's default, which MoCo's main_lincls.py takes)
+    ratio:tuple=_ratio, # Range of its width over its height (the same)
     flip:float=0.5, # Probability of mirroring where `augment`; 0 for images such as traffic signs
     top5:bool=False, # Return `(top1, top5)`?
     bs:int=256, # Batch size (appendix B.3: 256)
@@ -177,7 +179,7 @@ def linear_probe(
     z,zt = f(x),f(xt)
     kw = dict(seed=seed, epochs=epochs, lr=lr, schedule=schedule, bs=bs, top5=top5, n_classes=int(max(y.max(), yt.max()))+1)
     if not augment: return probe_features(z, y, zt, yt, **kw)
-    with _fresh(encoder, x, seed, scale, ratio, flip, bs) as draw: return probe_features(z, y, zt, yt, draw=draw, **kw)
+    with _fresh(encoder, x, seed, flip, bs, scale, ratio) as draw: return probe_features(z, y, zt, yt, draw=draw, **kw)
 
 # %% ../nbs/08_evaluate.ipynb #c0f93269
 def _sort_rows(s):
@@ -300,7 +302,7 @@ def evaluate(
     res,n_classes = {}, int(max(y.max(), yt.max()))+1
     for p in pcts:
         i,k = torch.isin(good, label_fraction(items, p, seed)), f'top1_{100*p:g}'
-        with _fresh(encoder, x[i], seed, flip=flip) if augment else nullcontext() as draw: probe = fit_probe(z[i], y[i], n_classes, seed=seed, draw=draw, **kw)
+        with _fresh(encoder, x[i], seed, flip, bs) if augment else nullcontext() as draw: probe = fit_probe(z[i], y[i], n_classes, seed=seed, draw=draw, **kw)
         with torch.no_grad(): res[k] = top_k(probe(zt), yt)
         if decoder is not None and p==max(pcts):
             dev = next(decoder.parameters()).device

@@ -199,6 +199,12 @@ class SSLMethod(Callback):
     def after_backward(self):
         with torch.no_grad(): self.enqueue(*self.learn.pred)
 
+    def after_epoch(self):
+        rec = getattr(self.learn, 'recorder', None)
+        if world()==1 or rec is None: return
+        at = [i for i,v in enumerate(rec.log) if isinstance(v, float)]           # what watches the table, to stop early say, must decide the same in each process
+        for i,v in zip(at, mean_of_all(tensor([rec.log[i] for i in at], device=self.learn.dls.device), 1).tolist()): rec.log[i] = v
+
     def after_cancel_step(self): self.skipped = True                         # float16: gradients that were too large
     def after_step(self):
         if not self.skipped:

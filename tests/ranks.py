@@ -3,6 +3,7 @@ import sys, warnings
 from contextlib import contextmanager, nullcontext
 import torch, torch.distributed as dist
 from fastai.basics import *
+from fastai.callback.tracker import EarlyStoppingCallback
 from fastai.distributed import *
 from torch import nn
 from fgsynth.data import Items, ssl_dls
@@ -26,9 +27,9 @@ def flock(n):
 
 def two(x, *n): return [x, x.flip(3)] # views that nothing random is in
 
-def train(method, n, bs, epochs, still=False, bn=False, cbs=None, items=None):
+def train(method, n, bs, epochs, still=False, bn=False, cbs=None, items=None, valid_pct=0.):
     "A learner after some epochs; `still`: images in their order"
-    dls = ssl_dls(items or flock(n), size=32, bs=bs, cache='auto' if items is None else False)
+    dls = ssl_dls(items or flock(n), size=32, bs=bs, valid_pct=valid_pct, cache='auto' if items is None else False)
     if still: dls.train.shuffle = False
     torch.manual_seed(1)
     learn = ssl_learner(dls, net(bn), method, cbs=synth_pairs(decoder_width=8) if cbs is None else cbs, frozen_bn=not bn)
@@ -41,6 +42,12 @@ def spread(learn):
     with learn.no_bar(), learn.no_logging(), learn.distrib_ctx(sync_bn=False, cpu=True) if world_size>1 else nullcontext(): yield
 
 def state(learn, *leave): return {k:v for k,v in learn.model.state_dict().items() if isinstance(v, Tensor) and not any(o in k for o in leave)}
+
+def columns(learn, epoch=-1): return {k:tensor(v) for k,v in zip(learn.recorder.metric_names[1:], learn.recorder.values[epoch]) if v is not None}
+
+def same_columns(learn):
+    seen = torch.stack([v for i in range(len(learn.recorder.values)) for v in columns(learn, i).values()])
+    assert gather(seen).view(world(), -1).diff(dim=0).eq(0).all(), 'columns differ'
 
 def same_everywhere(learn, *leave):
     "Parameters and buffers of all processes, compared to the bit"
@@ -58,7 +65,9 @@ def alike(out):
         learn = train(m(), 48, 48//world_size, 3, still=True, cbs=[] if cbs is None else synth_pairs(**cbs))
         if world_size>1: assert same_everywhere(learn), name
         res |= {f'{name}.{k}':v for k,v in state(learn, 'bank').items()} # whose length goes by the batch
-        res |= {f'{name}.{k}':tensor(v) for k,v in zip(learn.recorder.metric_names[1:], learn.recorder.values[-1]) if k in ('ssl_loss','rec_loss','pair_loss')}
+        res |= {f'{name}.{k}':v for k,v in columns(learn).items() if k in ('train_loss','ssl_loss','rec_loss','pair_loss')}
+    learn = train(Smooth(views=two), 60, 48//world_size, 2, still=True, valid_pct=.2, cbs=synth_pairs(**as_written))
+    res |= {f'with a validation part.{k}':v for k,v in columns(learn).items() if 'valid' in k and k!='valid_feat_std'} # which is of a batch
     if rank()==0: torch.save(res, out)
 
 class Smooth(SimSiam):
@@ -81,9 +90,13 @@ def everything():
             assert same_everywhere(learn, 'running_', 'num_batches'), name
             assert not gather(torch.rand(3)).view(world(), 3).diff(dim=0).eq(0).any(), 'every process drew the same'
             assert len(learn.recorder.losses)==2*(-(-50//world())//8), learn.recorder.losses
-            terms = tensor([o for o in learn.recorder.values[-1][1:]])       # the first is fastai's own, of this process
-            assert gather(terms).view(world(), -1).diff(dim=0).abs().max()<1e-6, 'columns differ'
-            if rank()==0: print(name, 'batch norm' if bn else 'no batch norm', [f'{o:.3f}' for o in terms.tolist()])
+            same_columns(learn)
+            if rank()==0: print(name, 'batch norm' if bn else 'no batch norm', {k:f'{v:.3f}' for k,v in columns(learn).items()})
+    stop = EarlyStoppingCallback(patience=1)                                 # `valid_loss`, and all must stop together
+    learn = train(SimSiam(32, 16), 67, 8, 12, bn=True, valid_pct=.25, cbs=[*synth_pairs(decoder_width=8), stop])
+    same_columns(learn)
+    last = [columns(learn, i)['valid_loss'] for i in (-2,-1)]
+    assert stop.epoch==len(learn.recorder.values)-1<11 and last[1]>=last[0], last
     learn = ssl_learner(ssl_dls(flock(50), size=32, bs=8), net(), cbs=synth_pairs(decoder_width=8))
     for q in learn.model.parameters(): q.data.mul_(1+rank())                 # made without a seed, say
     with spread(learn): learn.pretrain_decoder(1)

@@ -44,7 +44,7 @@ def test_measures_of_shares(alone, n, tmp_path):
 def test_every_method(n=3):
     "Random views and noise, images that do not come out even, batch norm: memory and weights are the same everywhere, random numbers are not"
     said = spread(n, here/'ranks.py', 'everything').stdout
-    assert [l.split()[0] for l in said.splitlines()]==['byol','dino','mocov2','mocov2','simclr','simsiam'], said
+    assert [l.split()[0] for l in said.splitlines() if '{' in l]==['byol','dino','mocov2','mocov2','simclr','simsiam'], said
 
 small = '--size 32 --bs 8 --pretrain_epochs 1 --decoder_width 8 --arch timm/test_byobnet'.split()
 
