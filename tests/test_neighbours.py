@@ -13,6 +13,7 @@ from fastai.torch_core import set_seed
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fgsynth.data import get_dataset, ssl_dls
 from fgsynth.models import Encoder
+from fgsynth.resume import CheckpointCallback, read_checkpoint
 from fgsynth.ssl import MoCoV2, SimSiam, batch_stats_only, ssl_learner
 from fgsynth.synth import PerturbCallback, synth_pairs
 
@@ -95,6 +96,22 @@ def test_float16_and_gradient_clip(items):
         return seen
     full,half = norms(),norms(Half())
     assert all(abs(half[k]/full[k]-1)<.05 for k in full), (full, half)
+
+def test_float16_goes_on_where_it_stopped(items, tmp_path):
+    "The scaler is in the checkpoint too: stopped after a step that was given up and taken up again, the run ends with the weights of one that never stopped, to the bit"
+    def run(folder, stop=None):
+        def spoil(l):
+            if l.train_iter==1: l.model.encoder.body[0].weight.grad[0] = torch.inf
+        def end(l):
+            if l.train_iter==stop: raise KeyboardInterrupt
+        learn = make(items, Half(), At('after_backward', spoil), At('after_batch', end), CheckpointCallback(tmp_path/folder, every=1, resume=True))
+        if stop is None: return fit(learn, 2, .01)
+        with pytest.raises(KeyboardInterrupt): fit(learn, 2, .01)
+    for stop in 3,6: run('stopped', stop)
+    a,b = run('whole'),run('stopped')
+    sa,sb = (read_checkpoint(tmp_path/o)['scaler'] for o in ('whole','stopped'))
+    assert sa==sb and sa['scale']==2**9
+    assert not differ(state(a), state(b)) and losses(a).equal(losses(b))
 
 def test_synchronised_batch_norm(items):
     "What several processes share is a batch norm like the others: frozen where it should be, and decoded images leave no trace in it"
