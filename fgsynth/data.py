@@ -8,6 +8,7 @@ __all__ = ['signs', 'cmc100', 'data_sets', 'published', 'to_rgb', 'decode_image'
 
 # %% ../nbs/01_data.ipynb #116f2c2d
 import os, contextlib, csv, hashlib, inspect, io, tarfile, warnings
+from filelock import FileLock
 import numpy as np
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -101,16 +102,31 @@ class _Cache:
         good = torch.from_numpy(np.load(self.index))
         if self.file.is_file() and self.file.stat().st_size>=len(good)*3*self.size**2: return _map(self.file, len(good), self.size),good
 
+    @contextlib.contextmanager
+    def asking(self):
+        "Whatever the disk refuses becomes one sentence"
+        try: yield
+        except OSError as e:
+            self.drop()
+            raise InputError(f"The decoded images ({self.n*3*self.size**2/1e6:,.0f} MB) cannot be kept in {self.folder} ({e.strerror}): choose another "
+                             f"cache_dir, or none, to decode again in each epoch.") from None
+
+    @contextlib.contextmanager
+    def alone(self):
+        "One process at a time, where the file system knows locks"
+        lock = FileLock(self.file.with_suffix('.lock'))
+        with self.asking():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(NotImplementedError): lock.acquire()
+        try: yield
+        finally:
+            lock.release()
+            with contextlib.suppress(OSError): os.unlink(lock.lock_file)
+
     def start(self):
         "Room for all images, as a tensor"
         size = self.n*3*self.size**2
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with open(self.tmp, 'wb') as f: os.posix_fallocate(f.fileno(), 0, size) if hasattr(os, 'posix_fallocate') else f.truncate(size)
-        except OSError as e:
-            self.drop()
-            raise InputError(f"The decoded images ({size/1e6:,.0f} MB) cannot be kept in {self.folder} ({e.strerror}): choose another "
-                             f"cache_dir, or none, to decode again in each epoch.") from None
+        with self.asking(), open(self.tmp, 'wb') as f: os.posix_fallocate(f.fileno(), 0, size) if hasattr(os, 'posix_fallocate') else f.truncate(size)
         return _map(self.tmp, self.n, self.size, shared=True)
 
     def finish(self, good):
@@ -136,10 +152,17 @@ def load_images(
     n = len(images)
     if not n: raise InputError("There are no images to load.")
     if isinstance(images, torch.Tensor): return _resize(images, size), torch.arange(n)
-    cache = None if cache_dir is None else _Cache(cache_dir, images, size)
-    if cache and (found := cache.read()) is not None:
-        if len(found[1])<n: _bad_note([images[i] for i in sorted(set(range(n))-set(found[1].tolist()))], n)
-        return found
+    if cache_dir is None: found = _decode_all(images, size, num_workers, progress)
+    else:
+        cache = _Cache(cache_dir, images, size)
+        if (found := cache.read()) is None:
+            with cache.alone(): found = cache.read() or _decode_all(images, size, num_workers, progress, cache) # of several processes one decodes, and the others wait for it
+    if len(found[1])<n: _bad_note([images[i] for i in sorted(set(range(n))-set(found[1].tolist()))], n)
+    return found
+
+def _decode_all(images, size, num_workers, progress, cache=None):
+    "What `load_images` returns, from the files, by way of the cache if there is one"
+    n = len(images)
     out,ok = cache.start() if cache else torch.empty(n,3,size,size, dtype=torch.uint8),torch.zeros(n, dtype=torch.bool)
     def _load(i):
         try: out[i] = decode_image(images[i], size)
@@ -154,14 +177,12 @@ def load_images(
             ex.shutdown(wait=False, cancel_futures=True)
             if cache: cache.drop()
             raise
-    good,bad = ok.nonzero()[:,0],(~ok).nonzero()[:,0].tolist()
-    if len(bad)==n:
+    good = ok.nonzero()[:,0]
+    if not len(good):
         if cache: cache.drop()
         raise InputError(f"None of the {n:,} images can be read (the first is {images[0]}): check that they are image files.")
-    if bad:
-        _bad_note([images[i] for i in bad], n)
-        for to,i in enumerate(good.tolist()):                                # closes the gaps, in memory or in the file
-            if to!=i: out[to] = out[i]
+    for to,i in enumerate(good.tolist()):                                    # closes the gaps, in memory or in the file
+        if to!=i: out[to] = out[i]
     if cache: cache.finish(good); return cache.read()
     return out[:len(good)], good
 
