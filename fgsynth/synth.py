@@ -171,9 +171,9 @@ def pretrain_decoder(self:Learner,
     spread = L(engine().DistributedTrainer(False, cpu=self.dls.device.type=='cpu')) if world()>1 and hasattr(self, 'distributed_trainer') else L() # this training too
     net.train()
     try:
-        pre = Learner(self.dls, AutoEncoder(net, len(self.dls.items.train)), loss_func=MSELossFlat(), opt_func=partial(Adam, mom=0.9, sqr_mom=0.99),
+        pre = Learner(self.dls, AutoEncoder(net, len(self.dls.items.train)), loss_func=MSELossFlat(), opt_func=Adam,
                       cbs=L(_Reconstruct())+L(cbs)+(L(HealthCallback(watch=net)) if hasattr(self, 'health') else L())+spread, path=self.path, model_dir=self.model_dir)
-        pre.recorder.train_metrics,pre.recorder.valid_metrics,pre.logger = True,False,self.logger
+        pre.recorder.valid_metrics,pre.logger = False,self.logger
         with pre.no_bar() if not self.create_mbar or not hasattr(self, 'progress') else nullcontext(): pre.fit_one_cycle(n_epoch, lr)
     finally:
         net.encoder.train(mode)
