@@ -84,17 +84,19 @@ def main():
     a = p.parse_args()
     sys.path[:0] = [str(root/'tools'), str(root)]
     import IPython, nbdev.showdoc, nbdev.test, fastai.vision.all, fastai.callback.all, timm, torch, torchvision, sklearn.linear_model, sklearn.metrics, matplotlib.pyplot, pytest, hypothesis, pytorch_grad_cam # once for all
+    reasons = json.loads((root/'results/mutants/reasons.json').read_text(encoding='utf-8'))
     for m in a.modules:
         found = list(mutants(m)); random.Random(0).shuffle(found)
         out = root/f'results/mutants/{m}.json'; out.parent.mkdir(parents=True, exist_ok=True)
-        known = json.loads(out.read_text()) if out.exists() else {}
-        res = {k:known.get(k) for k,_ in found}
+        before = json.loads(out.read_text()) if out.exists() else {}
+        res = {k:before.get(k) for k,_ in found}
         src,limits = (root/f'fgsynth/{m}.py').read_text(encoding='utf-8'),{}
         for j in judges[m]:
             begin = time.time(); pid = start(m, src, j)
             if os.waitpid(pid, 0)[1]: sys.exit(f'{j} fails as it is: mend it first.')
             limits[j] = 20 + 4*(time.time()-begin)*max(1, a.workers/2)
-        jobs = [(k,t) for k,t in found[:a.sample] if not res[k]]              # survivors are tried again: tests may have learned
+        known = reasons.get(m, {})
+        jobs = [(k,t) for k,t in found[:a.sample] if not res[k] and not (res[k]=='' and k in known)] # other survivors are tried again: tests may have learned
         print(f'{m}: {len(found)} mutants, {len(jobs)} to try; judges take {", ".join(f"{(l-20)/4:.0f} s" for l in limits.values())}', flush=True)
         for i,(k,v) in enumerate(verdicts(m, jobs, limits, a.workers), 1):
             res[k] = v
@@ -103,6 +105,6 @@ def main():
         tried = {k:v for k,v in res.items() if v is not None}; killed = sum(map(bool, tried.values()))
         print(f'{m}: {killed} of {len(tried)} noticed, {100*killed/len(tried):.1f} %' + (f'; {len(res)-len(tried)} were not tried' if len(tried)<len(res) else ''), flush=True)
         for k,v in sorted(tried.items()):
-            if not v: print('  survived', k.replace('\n', '\n    '))
+            if not v: print('  survived', k.replace('\n', '\n    ') + (f'\n    ({known[k]})' if k in known else ''))
 
 if __name__=='__main__': main()
