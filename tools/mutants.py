@@ -96,7 +96,9 @@ def main():
             if os.waitpid(pid, 0)[1]: sys.exit(f'{j} fails as it is: mend it first.')
             limits[j] = 20 + 4*(time.time()-begin)*max(1, a.workers/2)
         known = reasons.get(m, {})
-        jobs = [(k,t) for k,t in found[:a.sample] if not res[k] and not (res[k]=='' and k in known)] # other survivors are tried again: tests may have learned
+        again = [o for o in found if res[o[0]]=='' and o[0] not in known]     # tests may have learned
+        new = [o for o in found if res[o[0]] is None]
+        jobs = again + (new if a.sample is None else new[:max(0, a.sample-len(found)+len(new))])
         print(f'{m}: {len(found)} mutants, {len(jobs)} to try; judges take {", ".join(f"{(l-20)/4:.0f} s" for l in limits.values())}', flush=True)
         for i,(k,v) in enumerate(verdicts(m, jobs, limits, a.workers), 1):
             res[k] = v
