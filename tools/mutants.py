@@ -100,9 +100,10 @@ def main():
         new = [o for o in found if res[o[0]] is None]
         jobs = again + (new if a.sample is None else new[:max(0, a.sample-len(found)+len(new))])
         print(f'{m}: {len(found)} mutants, {len(jobs)} to try; judges take {", ".join(f"{(l-20)/4:.0f} s" for l in limits.values())}', flush=True)
+        def keep(): out.write_text(json.dumps(res, indent=1, sort_keys=True)+'\n') # null: not tried
+        keep()
         for i,(k,v) in enumerate(verdicts(m, jobs, limits, a.workers), 1):
-            res[k] = v
-            out.write_text(json.dumps({k:v for k,v in res.items() if v is not None}, indent=1, sort_keys=True)+'\n')
+            res[k] = v; keep()
             if i%25==0: print(f'  {i} of {len(jobs)}', flush=True)
         tried = {k:v for k,v in res.items() if v is not None}; killed = sum(map(bool, tried.values()))
         print(f'{m}: {killed} of {len(tried)} noticed, {100*killed/len(tried):.1f} %' + (f'; {len(res)-len(tried)} were not tried' if len(tried)<len(res) else ''), flush=True)
