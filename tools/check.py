@@ -2,6 +2,7 @@
 With --coverage, what `make coverage` runs: the same, on the modules (see as_module.py), and then how many of their lines were run."""
 import difflib, os, shutil, signal, subprocess, sys, tempfile, time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -79,44 +80,47 @@ def run_nb(nb, threads):
     report(nb, (out or f'nbdev_test ended with exit code {rc}') if rc else '', time.time()-start,
            'not run' if 'No files were eligible' in out else 'ok')
 
-def run_nbs(nbs):
-    "Run the notebooks, a few at a time; the cores are shared out between them"
+def run_tests(file, threads):
+    "Run one file of pytest's in a process of its own, and count its tests"
+    start = time.time()
+    with tempfile.TemporaryDirectory() as d:
+        xml = Path(d)/'junit.xml'
+        rc,out = sh(*(measure or [sys.executable]), '-m', 'pytest', file, '-q', '-rs', f'--junitxml={xml}', OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads))
+        cases = list(ElementTree.parse(xml).getroot().iter('testcase')) if xml.exists() else []
+    kinds = [{o.tag for o in c} & {'failure','error','skipped'} or {'passed'} for c in cases]
+    n = {k: sum(k in o for o in kinds) for k in ('passed','skipped')}
+    bad = [f'{file}::{c.get("name")}' for c,k in zip(cases, kinds) if k & {'failure','error'}] or ([str(file)] if rc not in (0,5) else []) # interrupted, say
+    passed.extend([file]*n['passed']); failed.extend(bad)
+    more = [f"{n[k]} {k}" for k in n if n[k]] + ([f'{len(bad)} failed'] if bad else []) or ['no test']
+    print(f"{'FAILED' if bad else 'ok'} {file}: {', '.join(more)} ({time.time()-start:.0f} s)" + (f'\n{out.rstrip()}\n' if bad else ''.join(f'\n  {l}' for l in out.splitlines() if l.startswith('SKIPPED'))), flush=True)
+
+def run_all(nbs):
+    "Run tests and notebooks, a few at a time; the cores are shared out between them"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-    workers = max(1, min(cores, 4))
+    workers = max(1, min(cores, 4)); threads = max(1, cores//workers)
+    jobs = [partial(run_tests, o.relative_to(root)) for o in sorted((root/'tests').glob('test_*.py'))] + [partial(run_nb, o) for o in nbs]
     with ThreadPoolExecutor(workers) as ex:
-        try: list(ex.map(lambda nb: run_nb(nb, max(1, cores//workers)), nbs))
+        try: list(ex.map(lambda job: job(threads), jobs))
         except KeyboardInterrupt:
             for pid in list(running): stop(pid)
             raise
 
-def run_pytest():
-    "Run pytest and count its tests"
-    if not (root/'tests').exists(): return 0,0
-    with tempfile.TemporaryDirectory() as d:
-        xml = Path(d)/'junit.xml'
-        r = subprocess.run([*(measure or [sys.executable]), '-m', 'pytest', 'tests', '-q', '-rs', '--continue-on-collection-errors', f'--junitxml={xml}'], cwd=root, stdin=subprocess.DEVNULL)
-        if not xml.exists(): return 0,1
-        n = {k: sum(int(s.get(k,0)) for s in ElementTree.parse(xml).getroot().iter('testsuite'))
-             for k in ('tests','failures','errors','skipped')}
-    bad = n['failures'] + n['errors']
-    if r.returncode not in (0,1,5) and not bad: bad = 1  # interrupted, or wrongly called
-    return max(0, n['tests']-bad-n['skipped']), bad
-
 def main():
-    n,bad = 0,1
+    done = False
     try:
         os.chdir(root)
         if measure: os.environ |= dict(COVERAGE_FILE=str(root/'.coverage'), COVERAGE_RCFILE=str(root/'pyproject.toml'))
         nbs = notebooks()
         agreement(nbs)
-        run_nbs(nbs)
-        n,bad = run_pytest()
+        run_all(nbs)
         if measure:
-            for o in ('combine','--quiet'),('report',): bad += bool(subprocess.run([*measure[:-1], *o]).returncode) # fewer lines than pyproject.toml asks for
+            for o in ('combine','--quiet'),('report',):
+                if subprocess.run([*measure[:-1], *o]).returncode: failed.append(f'coverage {o[0]}') # fewer lines than pyproject.toml asks for
+        done = True
     except KeyboardInterrupt: print('Interrupted.')
     finally:
         if failed: print('Failed: ' + ', '.join(map(str, failed)))
-        print(f'{len(passed)+n} passed, {len(failed)+bad} failed', flush=True)
-    return 1 if failed or bad else 0
+        print(f'{len(passed)} passed, {len(failed) + (not done)} failed', flush=True)
+    return 0 if done and not failed else 1
 
 if __name__=='__main__': sys.exit(main())
