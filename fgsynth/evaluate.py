@@ -189,7 +189,6 @@ def _sort_rows(s):
     with ThreadPoolExecutor(n) as pool: list(pool.map(lambda a: a.sort(1), np.array_split(s.numpy(), n)))
     return s
 
-@torch.no_grad()
 def retrieval(
     z:Tensor, # (N, d) features of the queries
     y:Tensor, # (N,) their labels
@@ -240,7 +239,6 @@ def _vote(
     s,i = (q@g.T).topk(min(k, len(g)), 1)
     return s.new_zeros(len(q), c).scatter_add_(1, y[i], torch.exp((s-s[:,:1])/temperature))
 
-@torch.no_grad()
 def knn(
     z:Tensor, # (N, d) training features
     y:Tensor, # (N,) training labels
