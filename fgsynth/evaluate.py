@@ -139,7 +139,7 @@ def _split(items, split, size):
     if size is None:
         if not isinstance(images, Tensor): raise InputError("Images given as files need a size: pass `size=` in pixels.")
         size = images.shape[-1]
-    x,good = items.load(split, size) if hasattr(items, 'load') else load_images(images, size)
+    x,good = items.load(split, size)
     return x, torch.as_tensor(y).long()[good], good
 
 _scale,_ratio = (0.08,1.),(3/4,4/3)
