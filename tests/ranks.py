@@ -12,7 +12,7 @@ from fgsynth.evaluate import evaluate, features
 from fgsynth.finches import draw_finches
 from fgsynth.models import Encoder, MLPHead
 from fgsynth.run import methods
-from fgsynth.ssl import MoCoV2, SimSiam, SimSiamModel, SSLMethod, ssl_learner
+from fgsynth.ssl import MoCoModel, MoCoV2, SimSiam, SimSiamModel, SSLMethod, ssl_learner
 from fgsynth.synth import synth_pairs
 
 torch.set_num_threads(1)
@@ -83,6 +83,10 @@ def everything():
     assert sorted(gather(s.images)[:,0].tolist())==sorted(gather(x)[:,0].tolist())
     x = torch.randn(4, 2, requires_grad=True); w = torch.arange(4*world()*2.).view(-1, 2)
     (joined(x)*w).sum().backward(); assert torch.equal(x.grad, world()*w.chunk(world())[rank()])
+    x = torch.rand(6, 3, 32, 32)*(1+rank())
+    for shuffled,frozen in (True,False),(False,False),(True,True):           # batch statistics of other images, where there are any
+        m = MoCoModel(net(bn=True), MLPHead(128, 128, 16), 16, 8, frozen, shuffled)
+        for training in True,False: assert torch.allclose(m.train(training)(x, x)[1], m.key_projector(m.key_encoder(x)), atol=1e-5)!=(shuffled and not frozen and training)
     for name in sorted(methods):
         for bn in (False,True) if name=='mocov2' else (True,):
             m = methods[name](**dict(hidden=32, dim=16, n_local=2) if name=='dino' else dict(hidden=32, dim=16) if name=='byol' else dict(dim=32))
