@@ -27,6 +27,8 @@ raw,blob = cfg['git_url'].replace('github.com', 'raw.githubusercontent.com') + '
 readme = re.sub(r'(!\[[^\]]*\]\()(?![a-z]+:|[#/])', rf'\g<1>{raw}/', readme)
 readme = re.sub(r'((?<!!)\[[^\]]*\]\()(?![a-z]+:|[#/])', rf'\g<1>{blob}/', readme)
 
+extras = {o: cfg.get(f'{o}_requirements', '').split() for o in ('dev','lite','onnx','faiss','distrib')}
+
 setuptools.setup(
     name = cfg['lib_name'],
     license = lic[0],
@@ -42,7 +44,7 @@ setuptools.setup(
     include_package_data = True,
     package_data = {cfg['lib_name']: ['presets/*.toml']},
     install_requires = shlex.split(cfg.get('requirements', '')),
-    extras_require = {o: cfg.get(f'{o}_requirements', '').split() for o in ('dev','lite','onnx','faiss','distrib')},
+    extras_require = extras | {'dev': sum(extras.values(), [])}, # developers test them all
     python_requires = '>=' + min_python,
     long_description = readme,
     long_description_content_type = 'text/markdown',

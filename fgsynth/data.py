@@ -117,7 +117,7 @@ class _Cache:
         lock = FileLock(self.file.with_suffix('.lock'))
         with self.asking():
             self.folder.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(NotImplementedError): lock.acquire()    # which filelock raises where there are none: then each decodes for itself
+            with contextlib.suppress(NotImplementedError): lock.acquire()    # filelock before 3.24, where there are none: each then decodes for itself
         try: yield
         finally:
             lock.release()
