@@ -3,7 +3,7 @@ import resource, tracemalloc
 from fastcore.script import call_parse
 from fastai.vision.all import *
 from fgsynth.all import *
-from fgsynth.evaluate import fit_probe
+from fgsynth.evaluate.probe import fit_probe
 from common import alternate, now, rows_of, save
 
 def _product(z, n=256):

@@ -5,7 +5,7 @@ import io, os, random, signal, sys, time, traceback
 from pathlib import Path
 import torch
 from fgsynth import run
-from fgsynth.data import get_dataset
+from fgsynth.data.datasets import get_dataset
 
 kinds = ['anytime']*4 + ['after']*8 + ['half written','written','renamed','renamed, old not deleted']*2
 settings = dict(arch='timm/test_byobnet', size=32, bs=32, epochs=6, pretrain_epochs=4, decoder_width=8, save_every=1)

@@ -6,14 +6,20 @@ from fastai.basics import *
 from fastai.callback.tracker import EarlyStoppingCallback
 from fastai.distributed import *
 from torch import nn
-from fgsynth.data import Items, ssl_dls
-from fgsynth.distrib import Shuffle, gather, join_processes, joined, rank, world
-from fgsynth.evaluate import evaluate, features
-from fgsynth.finches import draw_finches
-from fgsynth.models import Encoder, MLPHead
-from fgsynth.run import methods
-from fgsynth.ssl import MoCoModel, MoCoV2, SimSiam, SimSiamModel, SSLMethod, ssl_learner
-from fgsynth.synth import synth_pairs
+from fgsynth.data.items import Items
+from fgsynth.data.loaders import ssl_dls
+from fgsynth.distrib import Shuffle, gather, gather_with_grad, join_processes, rank, world
+from fgsynth.evaluate.measures import evaluate
+from fgsynth.evaluate.features import features
+from fgsynth.data.drawing import draw_finches
+from fgsynth.nets.encoders import Encoder
+from fgsynth.nets.heads import MLPHead
+from fgsynth.methods.learner import methods
+from fgsynth.methods.mocov2 import MoCoModel, MoCoV2
+from fgsynth.methods.simsiam import SimSiam, SimSiamModel
+from fgsynth.methods.base import SSLMethod
+from fgsynth.methods.learner import ssl_learner
+from fgsynth.synth.callbacks import synth_pairs
 
 torch.set_num_threads(1)
 

@@ -6,9 +6,9 @@ import pytest, torch
 from PIL import Image
 from conftest import call
 from fgsynth import run, table
-from fgsynth.finches import finches
-from fgsynth.models import load_encoder
-from fgsynth.perturb import MODES
+from fgsynth.data.finches import finches
+from fgsynth.nets.encoders import load_encoder
+from fgsynth.synth.perturb import MODES
 
 small = '--size 32 --bs 16 --epochs 1 --pretrain_epochs 1 --decoder_width 8 --arch timm/test_byobnet'.split()
 

@@ -50,7 +50,7 @@ small = '--size 32 --bs 8 --pretrain_epochs 1 --decoder_width 8 --arch timm/test
 
 @pytest.fixture(scope='module')
 def photos(tmp_path_factory):
-    from fgsynth.finches import finches
+    from fgsynth.data.finches import finches
     from PIL import Image
     top = tmp_path_factory.mktemp('photos')
     for i,b in enumerate(finches(50, 40, n_species=2, seed=3)): Image.fromarray(b.image.permute(1,2,0).numpy()).save(top/f'{i}.png')

@@ -6,9 +6,11 @@ from unittest.mock import patch
 import numpy as np, pytest
 from PIL import EpsImagePlugin, Image
 from fgsynth import data
-from fgsynth.check import check_data
+from fgsynth.data.check import check_data
 from fgsynth.core import InputError
-from fgsynth.data import get_dataset, load_images, ssl_dls
+from fgsynth.data.datasets import get_dataset
+from fgsynth.data.images import load_images
+from fgsynth.data.loaders import ssl_dls
 
 page = Path(__file__).resolve().parent.parent/'nbs/02_odd.ipynb'
 red,green,blue,white = (255,0,0),(0,255,0),(0,0,255),(255,255,255)
@@ -412,12 +414,12 @@ def _(d):
 
 @kind(S, 'output folder that cannot be written')
 def _(d):
-    from fgsynth.run import open_run
+    from fgsynth.runs.report import open_run
     with without_rights(d): open_run(d/'run')
 
 @kind(S, 'disk full while a checkpoint is written')
 def _(d):
-    from fgsynth.resume import read_checkpoint, write_checkpoint
+    from fgsynth.runs.resume import read_checkpoint, write_checkpoint
     write_checkpoint(d, dict(i=1))
     def full(state, f): f.write(b'x'); raise OSError(28, 'No space left on device')
     try:
@@ -426,7 +428,7 @@ def _(d):
 
 @kind(S, 'two runs into one folder at once')
 def _(d):
-    from fgsynth.resume import locked
+    from fgsynth.files import locked
     with locked(d):
         (d/'.lock').write_text('1234')
         with locked(d): pass

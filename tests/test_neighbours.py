@@ -11,11 +11,15 @@ from fastai.basics import L
 from fastai.learner import noop
 from fastai.torch_core import set_seed
 from fastai.callback.training import GradientAccumulation, GradientClip
-from fgsynth.data import get_dataset, ssl_dls
-from fgsynth.models import Encoder
-from fgsynth.resume import CheckpointCallback, read_checkpoint
-from fgsynth.ssl import MoCoV2, SimSiam, batch_stats_only, ssl_learner
-from fgsynth.synth import PerturbCallback, synth_pairs
+from fgsynth.data.datasets import get_dataset
+from fgsynth.data.loaders import ssl_dls
+from fgsynth.nets.encoders import Encoder
+from fgsynth.runs.resume import CheckpointCallback, read_checkpoint
+from fgsynth.methods.mocov2 import MoCoV2
+from fgsynth.methods.simsiam import SimSiam
+from fgsynth.methods.base import batch_stats_only
+from fgsynth.methods.learner import ssl_learner
+from fgsynth.synth.callbacks import PerturbCallback, synth_pairs
 
 @pytest.fixture(scope='module')
 def items(): return get_dataset('finches', n_train=128, n_test=8, size=32)

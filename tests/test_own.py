@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 from conftest import call
 from fgsynth import own
-from fgsynth.finches import finches
+from fgsynth.data.finches import finches
 
 small = '--size 32 --bs 16 --epochs 1 --synth none --arch timm/test_byobnet'.split()
 

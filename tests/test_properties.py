@@ -5,11 +5,12 @@ import numpy as np, torch
 import torch.nn.functional as F
 from hypothesis import assume, given, settings, strategies as st
 from torch import nn
-from fgsynth.evaluate import knn, nearest, retrieval
-from fgsynth.losses import distill, info_nce, neg_cosine, nt_xent
-from fgsynth.models import MLPHead
-from fgsynth.perturb import MODES, NORMS, FeatureBank, cam_scores, low_variance, min_max, noise_std, normalize, perturb
-from fgsynth.ssl import MoCoModel, SSLModel, feat_std
+from fgsynth.evaluate.retrieval import knn, nearest, retrieval
+from fgsynth.nets.losses import distill, info_nce, neg_cosine, nt_xent
+from fgsynth.nets.heads import MLPHead
+from fgsynth.synth.perturb import FeatureBank, MODES, NORMS, cam_scores, low_variance, min_max, noise_std, normalize, perturb
+from fgsynth.methods.mocov2 import MoCoModel
+from fgsynth.methods.base import SSLModel, feat_std
 
 settings.register_profile('always the same', derandomize=True, deadline=None, max_examples=60)
 settings.load_profile('always the same')

@@ -3,8 +3,9 @@ import os, subprocess, sys
 import pytest, torch
 from conftest import call, root
 from fgsynth import run, ssl
-from fgsynth.data import get_dataset
-from fgsynth.resume import locked, read_checkpoint
+from fgsynth.data.datasets import get_dataset
+from fgsynth.files import locked
+from fgsynth.runs.resume import read_checkpoint
 from safetensors.torch import load_file
 import killed
 
