@@ -25,15 +25,22 @@ $(READY): settings.ini setup.py constraints.txt
 demo: $(READY)  ## the main job on drawn finches: a table, and pictures and report.html in runs/demo
 	$(BIN)/fgsynth_demo --out runs/demo --overwrite
 
-test: $(READY)  ## notebooks and modules agree, all notebooks run, pytest; ends with "N passed, N failed"
-	@$(BIN)/python tools/check.py
+# Two tools run side by side in as many processes as there are cores, four at most; each process keeps to its own core
+WORKERS := $(shell n=$$(nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2); [ $$n -lt 4 ] && echo $$n || echo 4)
+QUIETLY := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 PYTHONWARNINGS=ignore MPLBACKEND=agg
 
-coverage: $(READY)  ## the tests again, on the modules, and how many of their lines they run
-	@$(BIN)/python tools/check.py --coverage
+test: $(READY)  ## run every notebook (nbdev_test) and tests/ (pytest); ends with "N passed, N failed"
+	@failed=0; \
+	$(QUIETLY) $(BIN)/nbdev_test --n_workers $(WORKERS) --timing || failed=1; \
+	$(QUIETLY) $(BIN)/python -m pytest tests -n $(WORKERS) --dist worksteal -q -rs || failed=1; \
+	exit $$failed
+
+coverage: $(READY)  ## how many lines of the modules tests/ runs
+	@$(QUIETLY) $(BIN)/python -m pytest tests -n $(WORKERS) --dist worksteal -q --cov --cov-report=term:skip-covered
 
 mutants: $(READY)  ## change the modules one operator at a time: which changes does no test notice? (hours)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'cosmic-ray>=8.4'
-	@$(BIN)/python tools/mutants.py losses perturb evaluate ssl synth
+	@$(BIN)/python tools/mutants.py
 
 bench: $(READY)  ## time everything, here and in other libraries (three quarters of an hour on two cores); keeps results/bench/*.json
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r benchmarks/requirements.txt

@@ -27,3 +27,11 @@ def py():
         if ok: assert r.returncode==0, r.stdout[-2000:] + r.stderr[-4000:]
         return r
     return _f
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config):
+    "The closing line that `make test` promises"
+    report = config.pluginmanager.get_plugin('terminalreporter')
+    if hasattr(config, 'workerinput') or not report: return
+    n = {k: len(report.stats.get(k, [])) for k in ('passed','failed','error')}
+    print(f"{n['passed']} passed, {n['failed'] + n['error']} failed")

@@ -1,33 +1,45 @@
-"""Change one thing at a time in a module and see whether a test notices: `mutants.py losses perturb evaluate ssl synth`.
-The changes are those of cosmic-ray, one replacement for each operator; the judges are the module's notebook, run on the module (as_module.py), and pytest files.
-Everything slow is imported once, and each mutant is tried in a fork. What was found is kept in results/mutants/MODULE.json, and only what is missing is run; reasons.json says why survivors survive."""
+"""Change one thing at a time in a module and see whether a test notices: `mutants.py [MODULE ...]`, such as synth.perturb.
+The changes are those of cosmic-ray, one replacement for each operator; the judges are files of pytest.
+Everything slow is imported once, and each mutant is tried in a fork. What was found is kept in
+results/mutants/MODULE.json, and only what is missing is run; reasons.json says why survivors survive."""
 import argparse, difflib, importlib.util, json, os, random, re, signal, sys, time
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
 os.environ |= dict(OMP_NUM_THREADS='1', MPLBACKEND='agg', PYTHONWARNINGS='ignore', IN_TEST='1')
 root = Path(__file__).resolve().parent.parent
-judges = dict(losses=['nbs/04_losses.ipynb','tests/test_properties.py'], perturb=['nbs/05_perturb.ipynb','tests/test_properties.py'], evaluate=['nbs/08_evaluate.ipynb','tests/test_properties.py'],
-              ssl=['nbs/06_ssl.ipynb','tests/test_properties.py'], synth=['nbs/07_synth.ipynb','tests/test_properties.py'])
-operators = ['NumberReplacer','AddNot','ReplaceTrueWithFalse','ReplaceFalseWithTrue','ReplaceAndWithOr','ReplaceOrWithAnd','ZeroIterationForLoop','RemoveDecorator','ExceptionReplacer',
-             *(f'ReplaceBinaryOperator_{o}' for o in 'Add_Sub Sub_Add Mul_Div Div_Mul Pow_Mul FloorDiv_Div Mod_Mul BitAnd_BitOr BitOr_BitAnd'.split()),
-             *(f'ReplaceComparisonOperator_{o}' for o in 'Eq_NotEq NotEq_Eq Lt_LtE LtE_Lt Gt_GtE GtE_Gt Is_IsNot IsNot_Is'.split()),
-             'ReplaceUnaryOperator_Delete_Not','ReplaceUnaryOperator_USub_UAdd','ReplaceBreakWithContinue','ReplaceContinueWithBreak']
+judges = {'nets.losses':'nets', 'synth.perturb':'perturb', 'evaluate.features':'evaluate', 'evaluate.probe':'evaluate',
+          'evaluate.retrieval':'evaluate', 'evaluate.measures':'evaluate', 'methods.base':'methods',
+          'methods.mocov2':'methods', 'methods.simsiam':'methods', 'methods.learner':'learner',
+          'synth.decoding':'synth', 'synth.callbacks':'synth', 'synth.controls':'synth'}
+judges = {m:[f'tests/test_{t}.py', 'tests/test_properties.py'] for m,t in judges.items()}
+binary = 'Add_Sub Sub_Add Mul_Div Div_Mul Pow_Mul FloorDiv_Div Mod_Mul BitAnd_BitOr BitOr_BitAnd'
+compare = 'Eq_NotEq NotEq_Eq Lt_LtE LtE_Lt Gt_GtE GtE_Gt Is_IsNot IsNot_Is'
+operators = [*'''NumberReplacer AddNot ReplaceTrueWithFalse ReplaceFalseWithTrue ReplaceAndWithOr ReplaceOrWithAnd
+                 ZeroIterationForLoop RemoveDecorator ExceptionReplacer ReplaceUnaryOperator_Delete_Not
+                 ReplaceUnaryOperator_USub_UAdd ReplaceBreakWithContinue ReplaceContinueWithBreak'''.split(),
+             *(f'ReplaceBinaryOperator_{o}' for o in binary.split()),
+             *(f'ReplaceComparisonOperator_{o}' for o in compare.split())]
+
+def file(module): return root/f"fgsynth/{module.replace('.', '/')}.py"
+def source(module): return file(module).read_text(encoding='utf-8')
 
 def mutants(module):
     "Every change as (operator and what it does to a line, source)"
     from cosmic_ray.mutating import mutate_code
     from cosmic_ray.plugins import get_operator
-    src,seen,names = (root/f'fgsynth/{module}.py').read_text(encoding='utf-8'),set(),{}
+    src,seen,names = source(module),set(),{}
     head = src.index('# %%', src.index('__all__')) # what is above names the exported, and does nothing
     for op in operators:
         for i in range(10**6):
             try: new = mutate_code(src, get_operator(f'core/{op}')(), i)
             except Exception: continue
             if new is None: break
-            if new in seen or new==src or new[:head]!=src[:head] or re.sub(r'(?<=[(=])\+1(?=[,)])', '-1', new)==src: continue # of a matrix, dimension 1 is dimension -1
+            same = re.sub(r'(?<=[(=])\+1(?=[,)])', '-1', new)==src              # of a matrix, dimension 1 is dimension -1
+            if new in seen or new==src or new[:head]!=src[:head] or same: continue
             seen.add(new)
-            lines = [l for l in difflib.unified_diff(src.splitlines(), new.splitlines(), n=0, lineterm='') if l[:1] in '-+' and l[:3] not in ('---','+++')]
+            diff = difflib.unified_diff(src.splitlines(), new.splitlines(), n=0, lineterm='')
+            lines = [l for l in diff if l[:1] in '-+' and l[:3] not in ('---','+++')]
             k = '\n'.join([op, *lines]); names[k] = names.get(k, 0)+1
             yield k + (f'\n{names[k]}' if names[k]>1 else ''), new           # the same line may stand in two places
 
@@ -37,17 +49,15 @@ class Mutated(SourceFileLoader):
     def get_code(self, name): return compile(self.text, self.path, 'exec')
 
 class Finder:
-    def __init__(self, module, text): self.name,self.path,self.text = f'fgsynth.{module}',str(root/f'fgsynth/{module}.py'),text
+    def __init__(self, module, text): self.name,self.path,self.text = f'fgsynth.{module}',str(file(module)),text
     def find_spec(self, name, path=None, target=None):
-        if name==self.name: return importlib.util.spec_from_loader(name, Mutated(name, self.path, self.text), origin=self.path)
+        if name!=self.name: return
+        return importlib.util.spec_from_loader(name, Mutated(name, self.path, self.text), origin=self.path)
 
 def judge(f):
     "Do the tests in this file pass?"
-    if f.endswith('.py'):
-        import pytest
-        return pytest.main(['-q', '-x', '-p', 'no:cacheprovider', str(root/f)])==0
-    import as_module
-    return as_module.passes(root/f, showerr=False)
+    import pytest
+    return pytest.main(['-q', '-x', '-p', 'no:cacheprovider', str(root/f)])==0
 
 def start(module, text, f):
     "Begin to judge a text in a process of its own"
@@ -80,17 +90,20 @@ def verdicts(module, jobs, limits, workers):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument('modules', nargs='+', choices=judges); p.add_argument('--workers', type=int, default=os.cpu_count()); p.add_argument('--sample', type=int, help='only so many of each module, drawn at random')
+    p.add_argument('modules', nargs='*', help=f"by default all of {', '.join(judges)}")
+    p.add_argument('--workers', type=int, default=os.cpu_count())
+    p.add_argument('--sample', type=int, help='only so many of each module, drawn at random')
     a = p.parse_args()
     sys.path[:0] = [str(root/'tools'), str(root)]
-    import IPython, nbdev.showdoc, nbdev.test, fastai.vision.all, fastai.callback.all, timm, torch, torchvision, sklearn.linear_model, sklearn.metrics, matplotlib.pyplot, pytest, hypothesis, pytorch_grad_cam # once for all
+    import fastai.vision.all, fastai.callback.all, timm, torchvision, sklearn.linear_model, sklearn.metrics # once for all
+    import matplotlib.pyplot, pytest, hypothesis, pytorch_grad_cam
     reasons = json.loads((root/'results/mutants/reasons.json').read_text(encoding='utf-8'))
-    for m in a.modules:
+    for m in a.modules or judges:
         found = list(mutants(m)); random.Random(0).shuffle(found)
         out = root/f'results/mutants/{m}.json'; out.parent.mkdir(parents=True, exist_ok=True)
         before = json.loads(out.read_text()) if out.exists() else {}
         res = {k:before.get(k) for k,_ in found}
-        src,limits = (root/f'fgsynth/{m}.py').read_text(encoding='utf-8'),{}
+        src,limits = source(m),{}
         for j in judges[m]:
             begin = time.time(); pid = start(m, src, j)
             if os.waitpid(pid, 0)[1]: sys.exit(f'{j} fails as it is: mend it first.')
@@ -99,15 +112,17 @@ def main():
         again = [o for o in found if res[o[0]]=='' and o[0] not in known]     # tests may have learned
         new = [o for o in found if res[o[0]] is None]
         jobs = again + (new if a.sample is None else new[:max(0, a.sample-len(found)+len(new))])
-        print(f'{m}: {len(found)} mutants, {len(jobs)} to try; judges take {", ".join(f"{(l-20)/4:.0f} s" for l in limits.values())}', flush=True)
+        print(f'{m}: {len(found)} mutants, {len(jobs)} to try', flush=True)
         def keep(): out.write_text(json.dumps(res, indent=1, sort_keys=True)+'\n') # null: not tried
         keep()
         for i,(k,v) in enumerate(verdicts(m, jobs, limits, a.workers), 1):
             res[k] = v; keep()
             if i%25==0: print(f'  {i} of {len(jobs)}', flush=True)
         tried = {k:v for k,v in res.items() if v is not None}; killed = sum(map(bool, tried.values()))
-        print(f'{m}: {killed} of {len(tried)} noticed, {100*killed/len(tried):.1f} %' + (f'; {len(res)-len(tried)} were not tried' if len(tried)<len(res) else ''), flush=True)
+        left = f'; {len(res)-len(tried)} were not tried' if len(tried)<len(res) else ''
+        print(f'{m}: {killed} of {len(tried)} noticed, {100*killed/max(1, len(tried)):.1f} %{left}', flush=True)
         for k,v in sorted(tried.items()):
-            if not v: print('  survived', k.replace('\n', '\n    ') + (f'\n    ({known[k]})' if k in known else ''))
+            why = f'\n    ({known[k]})' if k in known else ''
+            if not v: print('  survived', k.replace('\n', '\n    ') + why)
 
 if __name__=='__main__': main()

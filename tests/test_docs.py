@@ -1,0 +1,89 @@
+"Written files and the documentation: README, workflows, sidebar, links"
+import importlib.util, re, subprocess, sys
+from pathlib import Path
+import pytest, yaml
+from repo import cells, cfg, copy_repository, ids, nbs_dir, root, source
+
+def test_readme_and_contributing_agree():
+    "README.md and CONTRIBUTING.md, and the pictures in them, are what their notebooks give"
+    import readme
+    for name,nb in readme.pages.items(): assert (root/name).exists() and (nbs_dir/nb).exists(), name
+    assert not list(readme.differences()), 'run `make readme`'
+
+def test_readme_links():
+    "Every relative link and picture of README.md and CONTRIBUTING.md exists"
+    for name in ('README.md','CONTRIBUTING.md'):
+        text = re.sub(r'(?s)```.*?```', '', (root/name).read_text(encoding='utf-8'))
+        targets = re.findall(r'\]\(([^)\s]+)', text) + re.findall(r'(?:src|href)="([^"]+)"', text)
+        missing = [o for o in targets if not re.match(r'[a-z]+:|#', o) and not (root/o.split('#')[0]).exists()]
+        assert not missing, f'{name}: {missing}'
+
+@pytest.mark.parametrize('name', ['_quarto.yml', 'nbs/_quarto.yml', 'nbs/sidebar.yml',
+                                  '.github/workflows/test.yml', '.github/workflows/docs.yml'])
+def test_yaml(name): assert isinstance(yaml.safe_load((root/name).read_text()), dict)
+
+def test_workflow_runs_what_make_test_runs():
+    "Notebooks by `nbdev_test`, tests by pytest, both by name"
+    steps = yaml.safe_load((root/'.github/workflows/test.yml').read_text())['jobs']['test']['steps']
+    ran = ' '.join(o.get('run', '') for o in steps)
+    recipe = re.search(r'(?s)^test:.*?\n\n', (root/'Makefile').read_text(), flags=re.M)[0]
+    for o in 'nbdev_test','-m pytest tests': assert o in ran and o in recipe, o
+
+def listed(o):
+    "The pages named in a sidebar"
+    if isinstance(o, str): return [o]
+    if isinstance(o, list): return [p for q in o for p in listed(q)]
+    return listed(o.get('contents', [])) + ([o['href']] if 'href' in o else [])
+
+def test_sidebar():
+    "The sidebar lists every page once, and every page that it lists exists"
+    pages = listed(yaml.safe_load((nbs_dir/'sidebar.yml').read_text())['website']['sidebar']['contents'])
+    assert sorted(pages)==sorted(ids)
+
+def test_navbar():
+    "So do the links in the bar at the top"
+    bar = yaml.safe_load((root/'_quarto.yml').read_text())['website']['navbar']
+    hrefs = [o['href'] for side in ('left','right') for o in bar.get(side,[])]
+    assert not [o for o in hrefs if not o.startswith('http') and o not in ids]
+
+@pytest.fixture(scope='module')
+def site(tmp_path_factory):
+    "What nbdev hands to Quarto, made from a copy of the repository"
+    top = tmp_path_factory.mktemp('site')/'top'
+    copy_repository(top, '_quarto.yml')
+    code = 'from nbdev.serve import proc_nbs; proc_nbs(n_workers=2)' # as nbdev_proc_nbs, which would install Quarto
+    r = subprocess.run([sys.executable, '-c', code], cwd=top, text=True, capture_output=True)
+    why = re.search(r'(?s)Error in notebook.*?(?="""|\n\n)', r.stderr)
+    assert r.returncode==0, why[0] if why else r.stderr[-4000:]
+    return top/'_proc'
+
+def test_proc_nbs(site):
+    "nbdev turns every notebook into a page with a title"
+    done = {o.relative_to(site).as_posix() for o in site.rglob('*.ipynb')}
+    assert done==set(ids)
+    for o in ids:
+        c = cells(site/o)[0]
+        assert c['cell_type']=='raw' and 'title:' in source(c), o
+
+def test_links(site):
+    "No page links to a page, picture or notebook that does not exist"
+    if not importlib.util.find_spec('smalldocs'): pytest.skip('smalldocs, which checks the links, needs Python 3.11')
+    r = subprocess.run([Path(sys.executable).parent/'smalldocs', 'check', str(site)], text=True, capture_output=True)
+    problems = [l for l in r.stdout.splitlines() if l.strip() and 'output-file' not in l]
+    assert not problems, '\n'.join(problems)
+    assert 'page(s)' in r.stderr, r.stderr
+
+def test_links_to_symbols(site):
+    "Names in backticks lead to entries that their pages show"
+    shown = set()
+    for o in site.rglob('*.ipynb'):
+        page = re.search(r'output-file: (\S+)', source(cells(o)[0]))
+        if not page: continue
+        at = (o.parent.relative_to(site)/page[1]).as_posix()
+        code = '\n'.join(source(c) for c in cells(o) if c['cell_type']=='code')
+        shown |= {f'{at}#{m.lower()}' for m in re.findall(r'^show_doc\(([\w.]+)', code, re.M)}
+    base = f"{cfg['doc_host']}{cfg['doc_baseurl']}/"
+    link = re.compile(re.escape(base)+r'([\w/]+\.html#[\w.]+)')
+    found = {m for o in site.rglob('*.ipynb') for c in cells(o) for m in link.findall(source(c))}
+    assert len(found)>50
+    assert not found-shown, f'no show_doc for {sorted(found-shown)}'

@@ -1,0 +1,102 @@
+"The package: its wheel, its commands, and what importing it asks for"
+import ast, json, os, re, subprocess, sys, sysconfig, zipfile
+from pathlib import Path
+import pytest
+from repo import cfg, copy_repository, modules, root, scripts
+
+def test_constraints_pin_torch():
+    "The developers' environment is pinned, users get ranges"
+    pins = dict(re.findall(r'^(\w+)==(\S+)$', (root/'constraints.txt').read_text(), flags=re.M))
+    assert {'torch','torchvision'} <= set(pins)
+    assert not any('==' in o for o in cfg['requirements'].split())
+
+def test_imports_without_nbdev(py):
+    "The library itself does not need nbdev"
+    code = "import fgsynth.all, sys; print([o for o in ('nbdev','execnb','pytest') if o in sys.modules])"
+    assert py(sys.executable, '-c', code).stdout.strip()=='[]'
+
+def test_version_agrees():
+    "settings.ini and the package name the same version"
+    assert f'__version__ = "{cfg["version"]}"' in (root/'fgsynth'/'__init__.py').read_text()
+
+@pytest.mark.parametrize('script', scripts)
+def test_help(py, script):
+    "Every command answers --help, in words"
+    exe = Path(sys.executable).parent/script
+    assert exe.exists(), f'{script} is not installed: run `make install`'
+    out = py(exe, '--help').stdout
+    assert 'usage' in out.lower() and len(out) > 100
+
+@pytest.fixture(scope='module')
+def wheel(tmp_path_factory):
+    "The package as users get it"
+    top = tmp_path_factory.mktemp('wheel'); copy_repository(top/'src')
+    how = ['-m', 'pip', 'wheel', '-q', '--no-deps', '--no-build-isolation', '-w', top/'whl', top/'src']
+    subprocess.run([sys.executable, *how], check=True, capture_output=True)
+    return next((top/'whl').glob('*.whl'))
+
+def test_wheel_holds_every_wing(wheel):
+    "Modules, presets, licence and commands"
+    z = zipfile.ZipFile(wheel); names = z.namelist()
+    presets = [o for o in (root/'fgsynth/presets').glob('*.toml')]
+    assert {o.relative_to(root).as_posix() for o in [*modules, *presets]} <= set(names) and presets
+    assert any(o.endswith('LICENSE') for o in names)
+    assert not [o for o in names if not o.startswith('fgsynth')]
+    entry = z.read(next(o for o in names if o.endswith('entry_points.txt'))).decode()
+    assert all(o in entry for o in scripts)
+
+def test_wheel_trains_in_an_empty_environment(wheel, tmp_path):
+    "Installed beside nothing but what it requires, it trains two steps with a preset's settings"
+    env = tmp_path/'env'
+    subprocess.run([sys.executable, '-m', 'venv', '--without-pip', env], check=True)
+    exe = env/('Scripts' if sys.platform=='win32' else 'bin')/'python'
+    where = subprocess.run([exe, '-c', "import sysconfig; print(sysconfig.get_path('purelib'))"],
+                           check=True, capture_output=True, text=True).stdout.strip()
+    required = sysconfig.get_path('purelib') # a line in a .pth file adds the packages there, and no development install
+    Path(where, 'requirements.pth').write_text(f'{required}\n')
+    subprocess.run([sys.executable, '-m', 'pip', '--python', exe, 'install', '-q', '--no-deps', wheel], check=True)
+    code = """import fgsynth
+from fastai.vision.all import *
+from fgsynth.all import *
+from fgsynth.runs.presets import read_preset
+arch = read_preset('smoke').values['arch']
+items = get_dataset('finches', n_train=64, n_test=8, size=32)
+learn = ssl_learner(ssl_dls(items, size=32, bs=32), arch, MoCoV2(), cbs=synth_pairs())
+learn.fit(1, .01)
+print(fgsynth.__file__, len(learn.recorder.losses))"""
+    env_vars = {k:v for k,v in os.environ.items() if k!='PYTHONPATH'}
+    out = subprocess.run([exe, '-W', 'ignore', '-c', code], cwd=tmp_path, env=env_vars, capture_output=True, text=True)
+    assert out.returncode==0, out.stderr[-3000:]
+    file,steps = out.stdout.split()[-2:]
+    assert file.startswith(str(env)) and steps=='2'
+
+def test_survivors_have_reasons():
+    "Of each change to a module that no test noticed it is said why, and of no other"
+    folder = root/'results/mutants'
+    reasons = json.loads((folder/'reasons.json').read_text(encoding='utf-8'))
+    for f in folder.glob('*.json'):
+        if f.stem=='reasons': continue
+        survived = {k for k,v in json.loads(f.read_text(encoding='utf-8')).items() if v==''}
+        assert survived==set(reasons.get(f.stem, {})), f.stem
+
+def test_import_needs_no_network():
+    "Whoever imports the package asks nobody anything"
+    code = """import socket
+asked = []
+def no(*args, **kwargs): asked.append(args); raise OSError('no network')
+socket.socket.connect = socket.getaddrinfo = socket.create_connection = no
+import fastai.vision.all, fgsynth.all, fgsynth.runs.table
+assert not asked, asked"""
+    r = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True)
+    assert r.returncode==0, r.stderr
+
+def test_no_code_from_strings_and_no_shell():
+    "Nothing in the modules runs text as code, or as a command of a shell"
+    for f in modules:
+        for o in ast.walk(ast.parse(f.read_text(encoding='utf-8'))):
+            if not isinstance(o, ast.Call): continue
+            where,name = (f.name, o.lineno),getattr(o.func, 'id', getattr(o.func, 'attr', ''))
+            assert not (isinstance(o.func, ast.Name) and name in ('eval','exec','compile','__import__')), where
+            assert not (isinstance(o.func, ast.Attribute) and name in ('system','popen')), where
+            assert not any(k.arg=='shell' for k in o.keywords), where
+            assert not any(k.arg=='weights_only' and k.value.value is not True for k in o.keywords), where
