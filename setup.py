@@ -13,7 +13,8 @@ for o in expected: assert o in cfg, f'missing expected setting: {o}'
 setup_cfg = {o:cfg[o] for o in cfg_keys}
 
 licenses = {'apache2': ('Apache-2.0', 'OSI Approved :: Apache Software License')}
-statuses = ['1 - Planning', '2 - Pre-Alpha', '3 - Alpha', '4 - Beta', '5 - Production/Stable', '6 - Mature', '7 - Inactive']
+statuses = ['1 - Planning', '2 - Pre-Alpha', '3 - Alpha', '4 - Beta', '5 - Production/Stable', '6 - Mature',
+            '7 - Inactive']
 py_versions = '3.10 3.11 3.12'.split()
 
 lic = licenses[cfg['license'].lower()]
@@ -23,7 +24,8 @@ project_urls = {'Documentation': cfg['doc_host'] + cfg.get('doc_baseurl', ''), '
 # PyPI shows the README outside the repository, so its relative links and pictures get absolute addresses there
 readme = Path('README.md')
 readme = readme.read_text(encoding='utf-8') if readme.exists() else cfg['description']
-raw,blob = cfg['git_url'].replace('github.com', 'raw.githubusercontent.com') + '/' + cfg['branch'], f"{cfg['git_url']}/blob/{cfg['branch']}"
+raw = cfg['git_url'].replace('github.com', 'raw.githubusercontent.com') + '/' + cfg['branch']
+blob = f"{cfg['git_url']}/blob/{cfg['branch']}"
 readme = re.sub(r'(!\[[^\]]*\]\()(?![a-z]+:|[#/])', rf'\g<1>{raw}/', readme)
 readme = re.sub(r'((?<!!)\[[^\]]*\]\()(?![a-z]+:|[#/])', rf'\g<1>{blob}/', readme)
 
@@ -37,7 +39,9 @@ setuptools.setup(
         'Development Status :: ' + statuses[int(cfg['status'])-1],
         'Intended Audience :: ' + cfg['audience'].title(),
         'Natural Language :: ' + cfg['language'].title(),
-    ] + ['Programming Language :: Python :: '+o for o in py_versions[py_versions.index(min_python):]] + ['License :: '+lic[1]],
+        'License :: ' + lic[1],
+        *['Programming Language :: Python :: '+o for o in py_versions[py_versions.index(min_python):]],
+    ],
     url = cfg['git_url'],
     project_urls = project_urls,
     packages = setuptools.find_packages(include=[cfg['lib_name']+'*']),

@@ -1,4 +1,4 @@
-"""Time things side by side: alternating in one process, medians, kept as JSON with the machine that they were measured on"""
+"Time things side by side: alternating in one process, medians, kept as JSON with the machine"
 import json, platform, statistics, subprocess, sys, time
 from pathlib import Path
 import torch, torchvision, fastai, fgsynth
@@ -13,7 +13,7 @@ def now():
     return time.perf_counter()
 
 def alternate(fs, rounds=5, warm=1):
-    "Call each function of the dict `fs` in turn, `rounds` times; returns the lists of seconds of each, without the first `warm`"
+    "Call each function of the dict `fs` in turn, `rounds` times; the seconds of each, without the first `warm`"
     res = {k:[] for k in fs}
     for r in range(rounds+warm):
         for k,f in fs.items():
@@ -22,9 +22,10 @@ def alternate(fs, rounds=5, warm=1):
     return res
 
 def rows_of(times, base):
-    "Median, spread and ratio to `base` of what `alternate` returned"
+    "Median, range and ratio to `base` of what `alternate` returned"
     med = {k:statistics.median(v) for k,v in times.items()}
-    return [dict(name=k, seconds=med[k], low=min(v), high=max(v), n=len(v), ratio=med[k]/med[base]) for k,v in times.items()]
+    return [dict(name=k, seconds=med[k], low=min(v), high=max(v), n=len(v), ratio=med[k]/med[base])
+            for k,v in times.items()]
 
 def save(name, question, rows, **info):
     "Print the rows and write them to results/bench/NAME.json"
@@ -34,7 +35,9 @@ def save(name, question, rows, **info):
     wide = [max(len(t[i]) for t in text) for i in range(len(cols))]
     print('\n'.join([question] + ['  '.join(s.ljust(w) for s,w in zip(t, wide)).rstrip() for t in text]), flush=True)
     out = root/'results/bench'/f'{name}.json'; out.parent.mkdir(parents=True, exist_ok=True)
-    head = dict(question=question, machine=_machine(), cores=torch.get_num_threads(), commit=_commit(), python=platform.python_version(), torch=torch.__version__,
-                torchvision=torchvision.__version__, fastai=fastai.__version__, fgsynth=fgsynth.__version__, command=' '.join([Path(sys.argv[0]).name, *sys.argv[1:]]), **info)
+    versions = {o.__name__:o.__version__ for o in (torch, torchvision, fastai, fgsynth)}
+    head = dict(question=question, machine=machine_name(), cores=torch.get_num_threads(), commit=code_commit(),
+                python=platform.python_version(), **versions,
+                command=' '.join([Path(sys.argv[0]).name, *sys.argv[1:]]), **info)
     out.write_text(json.dumps(dict(head, rows=rows), indent=1)+'\n')
     print(f'wrote {out.relative_to(root)}\n')

@@ -16,7 +16,8 @@ def lightly_epoch(folder, size, bs, workers, n):
     class MoCo(nn.Module):
         def __init__(self):
             super().__init__()
-            self.backbone,self.head = nn.Sequential(*list(torchvision.models.resnet18().children())[:-1]),MoCoProjectionHead(512, 512, 128)
+            self.backbone = nn.Sequential(*list(torchvision.models.resnet18().children())[:-1])
+            self.head = MoCoProjectionHead(512, 512, 128)
             self.backbone_m,self.head_m = deepcopy(self.backbone),deepcopy(self.head)
             for m in self.backbone_m,self.head_m: deactivate_requires_grad(m)
         def forward(self, x): return self.head(self.backbone(x).flatten(start_dim=1))
@@ -24,13 +25,15 @@ def lightly_epoch(folder, size, bs, workers, n):
     dev = default_device()
     model = MoCo().to(dev)
     data = LightlyDataset(str(folder), transform=MoCoV2Transform(input_size=size))
-    dl = torch.utils.data.DataLoader(torch.utils.data.Subset(data, range(n)), batch_size=bs, shuffle=True, drop_last=True, num_workers=workers, persistent_workers=workers>0)
+    dl = torch.utils.data.DataLoader(torch.utils.data.Subset(data, range(n)), batch_size=bs, shuffle=True,
+                                     drop_last=True, num_workers=workers, persistent_workers=workers>0)
     loss_func = NTXentLoss(memory_bank_size=(4096, 128))
     opt = torch.optim.SGD(model.parameters(), lr=0.06)
     def epoch():
         for batch in dl:
             q,k = (o.to(dev) for o in batch[0])
-            update_momentum(model.backbone, model.backbone_m, m=0.99); update_momentum(model.head, model.head_m, m=0.99)
+            update_momentum(model.backbone, model.backbone_m, m=0.99)
+            update_momentum(model.head, model.head_m, m=0.99)
             loss = loss_func(model(q), model.momentum(k))
             loss.backward(); opt.step(); opt.zero_grad()
     return epoch
@@ -46,18 +49,22 @@ def main(
 ):
     folder = Path(path) if path else gtsrb/'gtsrb/GTSRB/Training'
     if not folder.is_dir(): folder = gtsrb/'GTSRB/Training'
-    if not folder.is_dir(): raise SystemExit('There are no image files to train on: give --path, a folder with one sub-folder per class.')
+    if not folder.is_dir():
+        raise SystemExit('There are no image files to train on: give --path, a folder with one sub-folder per class.')
     items = get_dataset(str(folder)); items.train = items.train[:n]
     if items.train_labels is not None: items.train_labels = items.train_labels[:n]
     def ours(cache, precision='auto'):
         start = now()
-        learn = ssl_learner(ssl_dls(items, size=size, bs=bs, cache=cache), 'resnet18', MoCoV2(momentum=.99), precision=precision)
+        dls = ssl_dls(items, size=size, bs=bs, cache=cache)
+        learn = ssl_learner(dls, 'resnet18', MoCoV2(momentum=.99), precision=precision)
         ready = now()-start
         def epoch():
             with learn.no_bar(), learn.no_logging(): learn.fit(1, .06)
         return epoch,ready
     kept,ready = ours(True)
-    fs = {'lightly':lightly_epoch(folder, size, bs, workers, n), 'fgsynth':kept, 'fgsynth, files decoded in each epoch':ours(False)[0], 'fgsynth, float32':ours(True, 'fp32')[0]}
+    fs = {'lightly':lightly_epoch(folder, size, bs, workers, n), 'fgsynth':kept,
+          'fgsynth, files decoded in each epoch':ours(False)[0], 'fgsynth, float32':ours(True, 'fp32')[0]}
     rows = rows_of(alternate(fs, rounds), 'lightly')
     for r in rows: r['images_per_second'] = n//bs*bs/r['seconds']; r['faster'] = 1/r['ratio']
-    save('files', f'MoCo v2 from files, resnet18, {size} pixels, batch {bs}, {n} images', rows, decode_once_seconds=ready, workers=workers)
+    save('files', f'MoCo v2 from files, resnet18, {size} pixels, batch {bs}, {n} images', rows,
+         decode_once_seconds=ready, workers=workers)

@@ -7,7 +7,8 @@ from common import save
 from step import Clock
 
 base = dict(size=64, bs=64, d=512, K=4096, bank=4096, n=8192)
-axes = dict(size=(32,64,96,128), bs=(32,64,128,256), d=(256,512,1024,2048), K=(1024,4096,16384,65536), bank=(1024,4096,16384,65536), n=(1000,10_000,100_000))
+axes = dict(size=(32,64,96,128), bs=(32,64,128,256), d=(256,512,1024,2048), K=(1024,4096,16384,65536),
+            bank=(1024,4096,16384,65536), n=(1000,10_000,100_000))
 # what each should follow: time of a step, and memory, are a + b * law
 laws = dict(size='size²', bs='batch', d='d', K='K', bank='bank', n='images (memory only)')
 
@@ -21,13 +22,20 @@ def point(size, bs, d, K, bank, n, steps=6):
     enc = Encoder(nn.Sequential(conv(3,32), conv(32,64), conv(64,d), nn.AdaptiveAvgPool2d(1), nn.Flatten()), d)
     dls = ssl_dls(items, size=size, bs=bs, cache=True)
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')                                      # a queue longer than these few random images is what is to be measured
+        warnings.simplefilter('ignore') # the queue may be longer than the data: that is what is measured
         learn = ssl_learner(dls, enc, MoCoV2(K=K), cbs=synth_pairs(update='frozen', beta=0., bank_size=bank))
-    if len(learn.model.bank.feats)!=bank: learn.model.bank = FeatureBank(bank, d); learn.model.bank.register_buffer('gain', torch.ones(()))
+    if len(learn.model.bank.feats)!=bank: learn.model.bank = FeatureBank(bank, d)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     clock = Clock(steps)
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-4, cbs=clock)
-    return dict(seconds=statistics.median(clock.seconds), megabytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**10, megabytes_before=before/2**10)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return dict(seconds=statistics.median(clock.seconds), megabytes=peak/2**10, megabytes_before=before/2**10)
+
+def apart(p):
+    "`point` in a process of its own"
+    command = [sys.executable, '-W', 'ignore', __file__, '--one', json.dumps(p)]
+    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return json.loads(out.splitlines()[-1])
 
 @call_parse
 def main(
@@ -39,6 +47,6 @@ def main(
     for axis,values in axes.items():
         for v in values:
             p = {**base, axis:v}
-            out = [json.loads(subprocess.run([sys.executable, '-W', 'ignore', __file__, '--one', json.dumps(p)], check=True, capture_output=True, text=True).stdout.splitlines()[-1]) for _ in range(rounds)]
+            out = [apart(p) for _ in range(rounds)]
             rows.append(dict(axis=axis, value=v, law=laws[axis], **min(out, key=lambda o: o['seconds'])))
     save('growth', 'A step with synthesized pairs, one number at a time', rows, base=base)

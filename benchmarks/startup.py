@@ -7,7 +7,9 @@ def _import(code): return lambda: subprocess.run([sys.executable, '-W', 'ignore'
 
 @call_parse
 def main(rounds:int=5): # Turns
-    rows = rows_of(alternate({'fastai.vision.all':_import('import fastai.vision.all'), 'and fgsynth.all':_import('import fastai.vision.all, fgsynth.all')}, rounds), 'fastai.vision.all')
+    fs = {'fastai.vision.all':_import('import fastai.vision.all'),
+          'and fgsynth.all':_import('import fastai.vision.all, fgsynth.all')}
+    rows = rows_of(alternate(fs, rounds), 'fastai.vision.all')
     rows[1]['more'] = rows[1]['seconds']-rows[0]['seconds']
     save('import', 'Import, seconds', rows)
     from fastai.vision.all import set_seed
@@ -25,6 +27,8 @@ def main(rounds:int=5): # Turns
         except ValueError as e: print(e); continue                           # lite0 is an extra
         with learn.no_bar(), learn.no_logging(): learn.pretrain_decoder(1); learn.fit(1)
         ex = Explorer.from_learner(learn); ex.widget()
-        for name,values in dict(sigma_cam=(0.,1.,2.,4.,5.), tau=(.1,.5,1.,2.,2.5), seed=(1,2,3,4,5), first=(6,12,18,3,9)).items():
+        to = dict(sigma_cam=(0.,1.,2.,4.,5.), tau=(.1,.5,1.,2.,2.5), seed=(1,2,3,4,5), first=(6,12,18,3,9))
+        for name,values in to.items():
             fs[f'{arch}: {name}'] = moves(ex, name, values)
-    save('redraw', 'Redraw of the explorer, six images of 64 pixels, after a move of a control', rows_of(alternate(fs, rounds), next(iter(fs))))
+    rows = rows_of(alternate(fs, rounds), next(iter(fs)))
+    save('redraw', 'Redraw of the explorer, six images of 64 pixels, after a move of a control', rows)

@@ -1,4 +1,5 @@
-"""What does a training step cost? The full method against MoCo v2 alone, each trick by itself, and MoCo v2 against its bare passes"""
+"""What does a training step cost? The full method against MoCo v2 alone, each trick by itself, and MoCo v2 against
+its bare passes"""
 import statistics
 from copy import deepcopy
 from fastcore.script import call_parse
@@ -44,17 +45,25 @@ def main(
     rounds:int=3, # Turns of each
     out:str='step', # Name of the file in results/bench
 ):
-    items = get_dataset('gtsrb', gtsrb) if gtsrb.exists() else get_dataset('finches', n_train=bs*(steps+3), n_test=2, size=size)
+    if gtsrb.exists(): items = get_dataset('gtsrb', gtsrb)
+    else: items = get_dataset('finches', n_train=bs*(steps+3), n_test=2, size=size)
     dls = ssl_dls(items, size=size, bs=bs)
     # from the paper's letter to what we do, one change at a time
     half = dict(paper=True, relative=True, sigma_cam=3., sigma_var=3.)
-    tricks = {'the paper, to the letter':{}, 'decoder half as wide':dict(decoder_width=16), 'error not into the encoder':dict(beta=0.), 'decoder frozen':dict(update='frozen'),
-              'real detail, shown whole':dict(residual=True, augment='whole'), 'against the first view':dict(anchor='view'), 'half of the batch':dict(max_pairs=.5),
-              'a quarter of the batch':dict(max_pairs=.25), 'half, features of the first view':dict(max_pairs=.5, features='view')}
+    tricks = {'the paper, to the letter':{},
+              'decoder half as wide':dict(decoder_width=16),
+              'error not into the encoder':dict(beta=0.),
+              'decoder frozen':dict(update='frozen'),
+              'real detail, shown whole':dict(residual=True, augment='whole'),
+              'against the first view':dict(anchor='view'),
+              'half of the batch':dict(max_pairs=.5),
+              'a quarter of the batch':dict(max_pairs=.25),
+              'half, features of the first view':dict(max_pairs=.5, features='view')}
     new = lambda cbs=None, **kw: ssl_learner(dls, arch, MoCoV2(), cbs=cbs, **kw)
     learners,kw = {'MoCo v2':new(), 'MoCo v2, channels first':new(channels_last=False)},dict(half)
     for k,v in tricks.items(): kw.update(v); learners[k] = new(synth_pairs(**kw))
-    learners['MoCo v2, bf16'],learners['half of the batch, bf16'] = new(precision='bf16'),new(synth_pairs(**{**kw, 'features':None}), precision='bf16')
+    learners['MoCo v2, bf16'] = new(precision='bf16')
+    learners['half of the batch, bf16'] = new(synth_pairs(**{**kw, 'features':None}), precision='bf16')
     fs = {k:stepper(l, steps) for k,l in learners.items()}
     b = bare(learners['MoCo v2'], bs, size)
     def passes():

@@ -1,7 +1,8 @@
-"""Change one thing at a time in a module and see whether a test notices: `mutants.py [MODULE ...]`, such as synth.perturb.
-The changes are those of cosmic-ray, one replacement for each operator; the judges are files of pytest.
-Everything slow is imported once, and each mutant is tried in a fork. What was found is kept in
-results/mutants/MODULE.json, and only what is missing is run; reasons.json says why survivors survive."""
+"""Change one thing at a time in a module and see whether a test notices.
+`mutants.py [MODULE ...]`; a module is called as in `synth.perturb`. The changes are those of cosmic-ray, one replacement
+for each operator; the judges are files of pytest. Everything slow is imported once, and each mutant is tried in a fork.
+What was found is kept in results/mutants/MODULE.json, and only what is missing is run; reasons.json says why survivors
+survive."""
 import argparse, difflib, importlib.util, json, os, random, re, signal, sys, time
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
@@ -35,7 +36,7 @@ def mutants(module):
             try: new = mutate_code(src, get_operator(f'core/{op}')(), i)
             except Exception: continue
             if new is None: break
-            same = re.sub(r'(?<=[(=])\+1(?=[,)])', '-1', new)==src              # of a matrix, dimension 1 is dimension -1
+            same = re.sub(r'(?<=[(=])\+1(?=[,)])', '-1', new)==src # of a matrix, dimension 1 is dimension -1
             if new in seen or new==src or new[:head]!=src[:head] or same: continue
             seen.add(new)
             diff = difflib.unified_diff(src.splitlines(), new.splitlines(), n=0, lineterm='')
@@ -95,7 +96,8 @@ def main():
     p.add_argument('--sample', type=int, help='only so many of each module, drawn at random')
     a = p.parse_args()
     sys.path[:0] = [str(root/'tools'), str(root)]
-    import fastai.vision.all, fastai.callback.all, timm, torchvision, sklearn.linear_model, sklearn.metrics # once for all
+    # once for all
+    import fastai.vision.all, fastai.callback.all, timm, torchvision, sklearn.linear_model, sklearn.metrics
     import matplotlib.pyplot, pytest, hypothesis, pytorch_grad_cam
     reasons = json.loads((root/'results/mutants/reasons.json').read_text(encoding='utf-8'))
     for m in a.modules or judges:

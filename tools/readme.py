@@ -37,7 +37,7 @@ def link(target, nb_dir):
     return posixpath.normpath(posixpath.join(nb_dir, path)) + sharp + frag
 
 def markdown(src, nb_dir, lookup):
-    "A markdown cell: names in backticks linked to their page, relative links seen from the top, Quarto's fences dropped"
+    "A markdown cell: names in backticks become links, relative links are seen from the top, Quarto's fences go"
     res,fenced = [],False
     for l in lookup.linkify(src).splitlines():
         if l.startswith('```'): fenced = not fenced
@@ -50,7 +50,7 @@ def markdown(src, nb_dir, lookup):
     return '\n'.join(res).strip()
 
 def html(s):
-    "Saved HTML as far as GitHub shows it: tables and pictures stay, styles and progress bars go, and so do pages that need a script"
+    "Saved HTML as far as GitHub shows it: tables and pictures stay; styles, progress bars and scripts go"
     if '<script' in s: return ''
     s = re.sub(r'(?s)<!--.*?-->|<style\b.*?</style>', '', s)
     s = re.sub(r'(?s)<(div|p)\b[^>]*>\s*<progress.*?</\1>', '', s)
@@ -84,7 +84,9 @@ def render(name, nb_path, images='nbs/images'):
         pics[path] = b
         return path
     fm = nb.frontmatter_
-    res += [f"# {fm['title']}", f'<!-- Written from nbs/{pages.get(name, nb_path.name)} by tools/readme.py: edit the notebook, then run `make readme` -->']
+    source = pages.get(name, nb_path.name)
+    note = f'<!-- Written from nbs/{source} by tools/readme.py: edit the notebook, then run `make readme` -->'
+    res += [f"# {fm['title']}", note]
     if 'description' in fm: res.append(f"> {fm['description']}")
     for cell in nb.cells:
         src = text(cell.source).strip()
@@ -102,7 +104,8 @@ def differences(top=root):
         if not (top/'nbs'/nb).exists(): continue
         md,pics = render(name, top/'nbs'/nb)
         want = {name: md.encode()} | pics
-        for o in (top/'nbs'/'images').glob(f'{Path(name).stem.lower()}_*.*'): want.setdefault(o.relative_to(top).as_posix(), None)
+        for o in (top/'nbs'/'images').glob(f'{Path(name).stem.lower()}_*.*'):
+            want.setdefault(o.relative_to(top).as_posix(), None)
         for path,b in want.items():
             p = top/path
             if (p.read_bytes() if p.exists() else None) != b: res[path] = b
