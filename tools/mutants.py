@@ -1,6 +1,6 @@
 """Change one thing at a time in a module and see whether a test notices.
-`mutants.py [MODULE ...]`; a module is called as in `synth.perturb`. The changes are those of cosmic-ray, one replacement
-for each operator; the judges are files of pytest. Everything slow is imported once, and each mutant is tried in a fork.
+`mutants.py [MODULE ...]`; a module is called as in `synth.perturb`. The changes are those of cosmic-ray, one
+replacement for each operator; the judges are files of pytest. Everything slow is imported once, and each mutant is tried in a fork.
 What was found is kept in results/mutants/MODULE.json, and only what is missing is run; reasons.json says why survivors
 survive."""
 import argparse, difflib, importlib.util, json, os, random, re, signal, sys, time
