@@ -1,19 +1,18 @@
 """Odd and hostile input to the data path: for each kind what fgsynth answers, and the page that says so.
-The page, nbs/02_odd.ipynb, is written by `python tests/test_hostile.py`; the tests compare it with what happens."""
-import contextlib, hashlib, io, json, os, re, struct, tarfile, tempfile, warnings, zipfile, zlib
+`python tests/test_hostile.py` writes the page, nbs/data/10_odd.ipynb; the tests compare it with what happens."""
+import contextlib, hashlib, json, os, re, struct, tempfile, warnings, zipfile, zlib
 from pathlib import Path
 from unittest.mock import patch
 import numpy as np, pytest
 from PIL import EpsImagePlugin, Image
-from fgsynth import data
-from fgsynth.data.check import check_data
 from fgsynth.core import InputError
-from fgsynth.data.datasets import get_dataset
+from fgsynth.data.check import check_data
+from fgsynth.data.datasets import Archive, DOWNLOADS, get_dataset
 from fgsynth.data.images import load_images
 from fgsynth.data.loaders import ssl_dls
+from tiny import blue, caught, green, packed, red, save, solid, white, write
 
-page = Path(__file__).resolve().parent.parent/'nbs/02_odd.ipynb'
-red,green,blue,white = (255,0,0),(0,255,0),(0,0,255),(255,255,255)
+page = Path(__file__).resolve().parent.parent/'nbs/data/10_odd.ipynb'
 kinds = {}
 
 def kind(section, name):
@@ -23,26 +22,14 @@ def kind(section, name):
 
 # Tools
 
-def solid(c=red, size=(40,40), mode='RGB'): return Image.new(mode, size, c)
-
-def save(f, c=red, size=(40,40), **kw):
-    f.parent.mkdir(parents=True, exist_ok=True); solid(c, size).save(f, **kw)
-    return f
-
 def cls(d, *names, n=2):
     "Class folders with `n` images each"
     for k,c in enumerate(names):
         for i in range(n): save(d/c/f'{i}.png', (60*k,20*i,9))
     return d
 
-def caught(f):
-    "The result, and what fgsynth warned of"
-    with warnings.catch_warnings(record=True) as ws:
-        warnings.simplefilter('always'); res = f()
-    return res,[str(w.message) for w in ws if w.category is UserWarning]
-
 def among(d, f, *colors):
-    "What becomes of the file `f` among two good images; `colors` are those of the decoded image's top left and bottom right corner"
+    "What becomes of the file `f` among two good images; `colors`: of its top left and bottom right corner"
     save(d/'good 1.png', green); save(d/'good 2.jpg', blue)
     items,w1 = caught(lambda: get_dataset(d))
     (x,good),w2 = caught(lambda: load_images(items.train, 32))
@@ -76,7 +63,8 @@ def without_rights(d):
 def bomb(f, side=100_000):
     "A PNG of a few bytes that claims to have `side` x `side` pixels"
     def chunk(t, b): return struct.pack('>I', len(b)) + t + b + struct.pack('>I', zlib.crc32(t+b))
-    f.write_bytes(b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>IIBBBBB', side, side, 8, 0, 0, 0, 0)) + chunk(b'IDAT', zlib.compress(bytes(1000))) + chunk(b'IEND', b''))
+    head,pixels = struct.pack('>IIBBBBB', side, side, 8, 0, 0, 0, 0),zlib.compress(bytes(1000))
+    f.write_bytes(b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', head) + chunk(b'IDAT', pixels) + chunk(b'IEND', b''))
     return f
 
 # One file
@@ -123,7 +111,8 @@ def _(d):
 
 @kind(S, 'palette with a transparent colour')
 def _(d):
-    p = Image.new('P', (40,40), 0); p.putpalette([*red, *green]+[0]*762); p.paste(1, (0,20,40,40)); p.save(d/'pal.png', transparency=0)
+    p = Image.new('P', (40,40), 0); p.putpalette([*red, *green]+[0]*762); p.paste(1, (0,20,40,40))
+    p.save(d/'pal.png', transparency=0)
     return among(d, d/'pal.png', white, green) + ', on white'
 
 @kind(S, 'transparent pixels')
@@ -140,7 +129,9 @@ def _(d):
     return among(d, d/'turned.png', blue, red) + ', upright'
 
 @kind(S, 'damaged EXIF block')
-def _(d): save(d/'exif.jpg', green, exif=b'Exif\0\0MM\0*\xff\xff\xff\xff', quality=95); return among(d, d/'exif.jpg', green)
+def _(d):
+    save(d/'exif.jpg', green, exif=b'Exif\0\0MM\0*\xff\xff\xff\xff', quality=95)
+    return among(d, d/'exif.jpg', green)
 
 @kind(S, 'TIFF of floats in [0, 1]')
 def _(d):
@@ -153,7 +144,9 @@ def _(d):
     Image.fromarray(a).save(d/'nan.tif'); return among(d, d/'nan.tif', (0,)*3)
 
 @kind(S, 'TIFF of several pages')
-def _(d): solid(red).save(d/'pages.tif', save_all=True, append_images=[solid(blue)]); return among(d, d/'pages.tif', red, red) + ', the first page'
+def _(d):
+    solid(red).save(d/'pages.tif', save_all=True, append_images=[solid(blue)])
+    return among(d, d/'pages.tif', red, red) + ', the first page'
 
 def moving(d, ext, **kw):
     f = d/f'moving.{ext}'; solid(red).save(f, save_all=True, append_images=[solid(blue)], duration=100, **kw)
@@ -179,7 +172,9 @@ def _(d): save(d/'X.PNG'); return among(d, d/'X.PNG', red, red)
 def _(d): save(d/'x.png').rename(d/'bare'); return among(d, d/'bare')
 
 @kind(S, 'JPEG with other data after its end')
-def _(d): f = save(d/'tail.jpg', quality=95); f.write_bytes(f.read_bytes()+b'PK\x03\x04'*99); return among(d, f, red, red)
+def _(d):
+    f = save(d/'tail.jpg', quality=95); f.write_bytes(f.read_bytes()+b'PK\x03\x04'*99)
+    return among(d, f, red, red)
 
 @kind(S, 'PostScript named .jpg, which Pillow would hand to Ghostscript')
 def _(d):
@@ -214,7 +209,10 @@ S = 'Names'
 def _(d): return among(d, save(d/"""a "b" 'c' $HOME; rm.png"""), red)
 
 @kind(S, 'line break in the name of a broken file')
-def _(d): (d/'two\nlines.png').touch(); save(d/'a.png'); _,ws = caught(lambda: load_images(get_dataset(d).train, 32)); assert '\n' not in ws[0]; return ws[0]
+def _(d):
+    (d/'two\nlines.png').touch(); save(d/'a.png')
+    _,ws = caught(lambda: load_images(get_dataset(d).train, 32))
+    assert '\n' not in ws[0]; return ws[0]
 
 @kind(S, 'letters that are not Latin')
 def _(d): return among(d, save(d/'鳥 птица ü.png'), red)
@@ -269,7 +267,9 @@ def _(d):
 def _(d): (d/'gone.png').symlink_to(d/'nothing.png'); return among(d, d/'gone.png')
 
 @kind(S, 'link to an image elsewhere')
-def _(d): (d/'in').mkdir(); (d/'in/link.png').symlink_to(save(d/'else/x.png')); return among(d/'in', d/'in/link.png', red, red)
+def _(d):
+    (d/'in').mkdir(); (d/'in/link.png').symlink_to(save(d/'else/x.png'))
+    return among(d/'in', d/'in/link.png', red, red)
 
 @kind(S, 'folder that may not be read')
 def _(d):
@@ -285,7 +285,9 @@ def _(d):
     with without_rights(d): return among(d, d/'closed.png')
 
 @kind(S, 'class folder without an image')
-def _(d): cls(d, 'a', 'b'); (d/'c').mkdir(); assert get_dataset(d).classes==['a','b']; return 'the other classes are used'
+def _(d):
+    cls(d, 'a', 'b'); (d/'c').mkdir()
+    assert get_dataset(d).classes==['a','b']; return 'the other classes are used'
 
 @kind(S, 'one image beside the class folders')
 def _(d): cls(d, 'a', 'b', n=9); save(d/'stray.png'); assert not get_dataset(d).labelled; return 'no labels'
@@ -317,10 +319,14 @@ def _(d): save(d/'a.jpg/1.png'); items = get_dataset(d); assert len(items.train)
 def _(d): f = save(d.joinpath(*['x']*60)/'deep.png'); return among(d, f, red)
 
 @kind(S, 'the same image twice, under two labels')
-def _(d): cls(d, 'a', 'b', n=12); (d/'b/copy.png').write_bytes((d/'a/3.png').read_bytes()); return '; '.join(check_data(d).findings())
+def _(d):
+    cls(d, 'a', 'b', n=12); (d/'b/copy.png').write_bytes((d/'a/3.png').read_bytes())
+    return '; '.join(check_data(d).findings())
 
 @kind(S, 'the same image in train and test')
-def _(d): cls(d/'train', 'a', 'b', n=12); cls(d/'test', 'a', 'b', n=0); save(d/'test/a/x.png', (0,60,9)); save(d/'test/b/y.png', (7,7,7)); return '; '.join(check_data(d).findings())
+def _(d):
+    cls(d/'train', 'a', 'b', n=12); save(d/'test/a/x.png', (0,60,9)); save(d/'test/b/y.png', (7,7,7))
+    return '; '.join(check_data(d).findings())
 
 # Labels
 
@@ -361,12 +367,14 @@ def _(d): (table(d)/'labels.csv').write_bytes('file,label\n0.png,Bär'.encode('l
 @kind(S, 'labels.csv from a spreadsheet: semicolons, byte order mark, \\ between folders')
 def _(d):
     for i in range(4): save(d/f'x/y/{i}.png')
-    (d/'labels.csv').write_text('\r\n'.join(['file;label', *[f'x\\y\\{i}.png;{"ab"[i%2]}' for i in range(4)]]), encoding='utf-8-sig')
+    lines = ['file;label', *[f'x\\y\\{i}.png;{"ab"[i%2]}' for i in range(4)]]
+    (d/'labels.csv').write_text('\r\n'.join(lines), encoding='utf-8-sig')
     items,ws = caught(lambda: get_dataset(d)); assert items.classes==['a','b'] and not ws; return 'read'
 
 @kind(S, 'ground truth of GTSRB with a class that does not exist')
 def _(d):
-    save(d/'GTSRB/Training/00000/00000_00000.ppm'); save(d/'GTSRB/Final_Test/Images/00000.ppm'); (d/'GT-final_test.csv').write_text('Filename;ClassId\n00000.ppm;43\n')
+    save(d/'GTSRB/Training/00000/00000_00000.ppm'); save(d/'GTSRB/Final_Test/Images/00000.ppm')
+    write(d/'GT-final_test.csv', 'Filename;ClassId\n00000.ppm;43\n')
     get_dataset('gtsrb', d)
 
 @kind(S, 'ground truth of CUB-200-2011 that is missing')
@@ -374,7 +382,9 @@ def _(d): save(d/'CUB_200_2011/images/001.A/1.jpg'); get_dataset('cub200', d)
 
 @kind(S, 'images of a data set missing, its lists complete')
 def _(d):
-    save(d/'images/001.A/1.jpg'); (d/'images.txt').write_text('1 001.A/1.jpg\n2 002.B/2.jpg\n3 001.A/3.jpg\n'); (d/'train_test_split.txt').write_text('1 1\n2 0\n3 0\n'); save(d/'images/001.A/3.jpg')
+    save(d/'images/001.A/1.jpg'); save(d/'images/001.A/3.jpg')
+    write(d/'images.txt', '1 001.A/1.jpg\n2 002.B/2.jpg\n3 001.A/3.jpg\n')
+    write(d/'train_test_split.txt', '1 1\n2 0\n3 0\n')
     assert len(get_dataset('cub200', d).train)==1; return 'used'
 
 @kind(S, '.mat file of Stanford Cars that is no .mat file')
@@ -437,32 +447,20 @@ def _(d):
 
 S = 'Downloads'
 
-def packed(members, how):
-    "An archive of these members as bytes"
-    b = io.BytesIO()
-    if how=='.zip':
-        with zipfile.ZipFile(b, 'w') as z:
-            for m,text in members.items(): z.writestr(m, text)
-        return b.getvalue()
-    with tarfile.open(fileobj=b, mode='w:gz') as t:
-        for m,text in members.items():
-            i = tarfile.TarInfo(m)
-            if text.startswith('->'): i.type,i.linkname = tarfile.SYMTYPE,text[2:]
-            elif text=='device': i.type = tarfile.CHRTYPE
-            else: i.size = len(text)
-            t.addfile(i, io.BytesIO(text.encode()) if i.isfile() else None)
-    return b.getvalue()
-
 def fetch(d, members, trusted=True, name='cub200', broken=False):
-    "`get_dataset(..., download=True)` where the transfer is replaced by an archive of these members; `trusted`: its SHA-256 is the published one"
+    "Download an archive of these members in place of the published one; `trusted`: its SHA-256 is the published one"
     archive = b'\x1f\x8b and no more' if broken else packed(members, '.zip' if name=='gtsrb' else '.tgz')
-    known = [(f, u, hashlib.sha256(archive).hexdigest() if trusted else sha) for f,u,sha in data._archives.get(name, [])]
-    u = 'torchvision.datasets.utils.'
-    with patch.dict(data._archives, {name:known} if known else {}), patch(u+'_urlretrieve', lambda url, file, *a, **k: Path(file).write_bytes(archive)), patch(u+'_get_redirect_url', lambda url, **k: url):
+    sha = hashlib.sha256(archive).hexdigest()
+    known = [Archive(o.folder, o.url, sha if trusted else o.sha256) for o in DOWNLOADS.get(name, [])]
+    def transfer(url, file, *args, **kwargs): Path(file).write_bytes(archive)
+    net = dict(_urlretrieve=transfer, _get_redirect_url=lambda url, **kwargs: url)
+    with patch.dict(DOWNLOADS, {name:known} if known else {}), patch.multiple('torchvision.datasets.utils', **net):
         try: return get_dataset(name, d/'to', download=True)
-        finally: assert all((d/'to') in f.parents for f in d.rglob('evil*')), 'something was written outside of the folder'
+        finally: assert all((d/'to') in f.parents for f in d.rglob('evil*')), 'written outside of the folder'
 
-birds = {'CUB_200_2011/images.txt':'1 001.A/a.jpg\n2 002.B/b.jpg\n', 'CUB_200_2011/train_test_split.txt':'1 1\n2 0\n', 'CUB_200_2011/images/001.A/a.jpg':'', 'CUB_200_2011/images/002.B/b.jpg':''}
+birds = {'CUB_200_2011/images.txt':'1 001.A/a.jpg\n2 002.B/b.jpg\n',
+         'CUB_200_2011/train_test_split.txt':'1 1\n2 0\n',
+         'CUB_200_2011/images/001.A/a.jpg':'', 'CUB_200_2011/images/002.B/b.jpg':''}
 
 @kind(S, 'wrong checksum')
 def _(d): fetch(d, birds, trusted=False)
@@ -474,7 +472,9 @@ def _(d): fetch(d, {}, broken=True)
 def _(d): fetch(d, {**birds, '../evil.txt':'x'})
 
 @kind(S, 'tar file with an absolute path')
-def _(d): items = fetch(d, {**birds, str(d/'evil.txt'):'x'}); assert len(items.train)==1; return 'unpacked inside of the folder'
+def _(d):
+    items = fetch(d, {**birds, str(d/'evil.txt'):'x'})
+    assert len(items.train)==1; return 'unpacked inside of the folder'
 
 @kind(S, 'tar file with a link that leads out')
 def _(d): fetch(d, {'CUB_200_2011':'->..', 'CUB_200_2011/evil.txt':'x'})
@@ -484,8 +484,10 @@ def _(d): fetch(d, {**birds, 'evil':'device'})
 
 @kind(S, 'zip file with ../ in a name')
 def _(d):
-    signs = {'GTSRB/Training/00000/00000_00000.ppm':'', 'GTSRB/Final_Test/Images/00000.ppm':'', 'GT-final_test.csv':'Filename;ClassId\n00000.ppm;1\n'}
-    items = fetch(d, {**signs, '../evil.txt':'x', str(d/'evil2.txt'):'x'}, name='gtsrb'); assert len(items.train)==1; return 'unpacked inside of the folder'
+    signs = {'GTSRB/Training/00000/00000_00000.ppm':'', 'GTSRB/Final_Test/Images/00000.ppm':'',
+             'GT-final_test.csv':'Filename;ClassId\n00000.ppm;1\n'}
+    items = fetch(d, {**signs, '../evil.txt':'x', str(d/'evil2.txt'):'x'}, name='gtsrb')
+    assert len(items.train)==1; return 'unpacked inside of the folder'
 
 @kind(S, 'data set that no program can fetch')
 def _(d): fetch(d, {}, name='isic2017')
@@ -511,7 +513,8 @@ def render(answers):
     "Tables in Markdown, one for each section"
     res = []
     for s in dict.fromkeys(s for s,_ in kinds.values()):
-        res += [f'## {s}', '', '| what | answer |', '|---|---|', *[f'| {k} | {answers[k]} |' for k in kinds if kinds[k][0]==s], '']
+        rows = [f'| {k} | {answers[k]} |' for k in kinds if kinds[k][0]==s]
+        res += [f'## {s}', '', '| what | answer |', '|---|---|', *rows, '']
     return '\n'.join(res).rstrip()
 
 TABLES = 2 # the cell of the page that holds them
@@ -527,7 +530,8 @@ def test_kind(name):
 
 def test_page_is_complete():
     "The page has a row for each kind, and no other"
-    assert [l.split(' | ')[0][2:] for l in written().splitlines() if l.startswith('| ') and l!='| what | answer |'] == list(kinds)
+    rows = [l for l in written().splitlines() if l.startswith('| ') and l!='| what | answer |']
+    assert [l.split(' | ')[0][2:] for l in rows] == list(kinds)
 
 if __name__=='__main__':
     nb = json.loads(page.read_text(encoding='utf-8'))

@@ -7,36 +7,56 @@ __all__ = ['DataCheck', 'check_data', 'fgsynth_data']
 
 # %% ../../nbs/data/08_check.ipynb #0e1b3c0c
 import argparse, hashlib, io, os, sys, warnings, pandas as pd, torch
-from collections import Counter
+from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from PIL import Image
-from fastcore.basics import ifnone
+from fastcore.basics import ifnone, patch
 from fastprogress.fastprogress import progress_bar
 from ..core import InputError
 from .images import decode_image, name_some
-from .readers import SOURCES, TITLES
+from .readers import SOURCES
 from .datasets import data_sets, get_dataset, published
 
 # %% ../../nbs/data/08_check.ipynb #51577da9
+_Look = namedtuple('_Look', 'digest size kind trouble') # size: (width, height); trouble: 'broken', 'missing' or None
+
+# %% ../../nbs/data/08_check.ipynb #566e6a6d
 def _look(image):
-    "What one image is: hash, (width, height), kind of file, and 'missing' or 'broken' if something is wrong with it"
-    if isinstance(image, torch.Tensor): return hashlib.sha256(image.numpy().tobytes()).hexdigest(),tuple(image.shape[:0:-1]),'array',None
-    if not os.path.exists(image): return None,None,None,'missing'
+    "What one image is"
+    if isinstance(image, torch.Tensor):
+        return _Look(hashlib.sha256(image.numpy().tobytes()).hexdigest(), tuple(image.shape[:0:-1]), 'array', None)
+    if not os.path.exists(image): return _Look(None, None, None, 'missing')
+    if not os.path.isfile(image): return _Look(None, None, None, 'broken') # a pipe, or the like
     try:
-        if not os.path.isfile(image): raise OSError('a pipe, or the like')
         data = Path(image).read_bytes()
         with Image.open(io.BytesIO(data)) as im: size,kind = im.size,f'{im.format} {im.mode}'
         decode_image(io.BytesIO(data), 32)
-    except Exception: return None,None,None,'broken'
-    return hashlib.sha256(data).hexdigest(),size,kind,None
+    except Exception: return _Look(None, None, None, 'broken')
+    return _Look(hashlib.sha256(data).hexdigest(), size, kind, None)
 
 # %% ../../nbs/data/08_check.ipynb #4a090fc9
 def _look_all(images, progress=None):
-    with warnings.catch_warnings(), ThreadPoolExecutor(min(16, torch.get_num_threads()*2)) as ex:
+    "What each of many images is; they are read in threads"
+    with warnings.catch_warnings(), ThreadPoolExecutor(min(16, torch.get_num_threads()*2)) as pool:
         warnings.simplefilter('ignore') # what Pillow says about single files
-        it = ex.map(_look, images)
-        return list(progress_bar(it, total=len(images), leave=False) if ifnone(progress, len(images)>=2000) else it)
+        looks,shown = pool.map(_look, images),ifnone(progress, len(images)>=2000)
+        return list(progress_bar(looks, total=len(images), leave=False) if shown else looks)
+
+# %% ../../nbs/data/08_check.ipynb #92c1c3a9
+def _equal_groups(looks):
+    "Groups of equal images, as (split, position)"
+    found = {}
+    for split in looks:
+        for i,look in enumerate(looks[split]):
+            if look.digest: found.setdefault(look.digest, []).append((split,i))
+    return [group for group in found.values() if len(group)>1]
+
+# %% ../../nbs/data/08_check.ipynb #c425f961
+def _common_folder(images):
+    "The folder that all files have in common"
+    folders = [os.path.dirname(str(f)) for x in images if not isinstance(x, torch.Tensor) for f in x]
+    return os.path.commonpath(folders) if folders else ''
 
 # %% ../../nbs/data/08_check.ipynb #72e5f652
 class DataCheck:
@@ -50,86 +70,9 @@ class DataCheck:
         self.items,self.small,self.notes = items,small,list(notes)
         self.images = dict(train=items.train, test=items.test)
         self.labels = dict(train=items.train_labels, test=items.test_labels)
-        self.looks = {s:_look_all(x, progress) for s,x in self.images.items()}
-        by = {}
-        for s in self.looks:
-            for i,(h,*_) in enumerate(self.looks[s]):
-                if h: by.setdefault(h, []).append((s,i))
-        self.same = [g for g in by.values() if len(g)>1]  # groups of equal images, as (split, position)
-
-    def of(self,
-        split:str, # 'train' or 'test'
-        what:str, # 'broken' or 'missing'
-    )->list: # Paths
-        "Files that cannot be used"
-        return [self.images[split][i] for i,o in enumerate(self.looks[split]) if o[3]==what]
-
-    def repeats(self,
-        split:str, # 'train' or 'test'
-    )->int: # How many images are copies of an earlier one in the same split
-        "Duplicates within a split"
-        return sum(max(0, sum(s==split for s,_ in g)-1) for g in self.same)
-
-    @property
-    def leaks(self):
-        "Groups of equal images of which some are for training and some for testing"
-        return [g for g in self.same if len({s for s,_ in g})>1]
-
-    @property
-    def contradictions(self):
-        "Groups of equal images with different labels"
-        if not self.items.labelled: return []
-        return [g for g in self.same if len({int(self.labels[s][i]) for s,i in g})>1]
-
-    @property
-    def small_classes(self):
-        "(class, training images) of the classes that have few"
-        if not self.items.labelled: return []
-        n = torch.bincount(self.labels['train'], minlength=len(self.items.classes)).tolist()
-        return sorted([(c,k) for c,k in zip(self.items.classes, n) if k<self.small], key=lambda o: o[1])
-
-    def table(self):
-        "Counts as a `DataFrame` of strings, a column for each split"
-        def three(x): return ' / '.join(f'{int(o):,}' for o in (min(x), sorted(x)[len(x)//2], max(x))) if x else '-'
-        def column(s):
-            good = [o for o in self.looks[s] if o[3] is None]
-            n = torch.bincount(self.labels[s], minlength=len(self.items.classes)).tolist() if self.items.labelled else []
-            kinds = Counter(o[2] for o in good).most_common()
-            return {
-                'images':f'{len(self.looks[s]):,}', 'readable':f'{len(good):,}', **{k:f'{len(self.of(s, k)):,}' for k in ('broken','missing')},
-                'classes':f'{sum(k>0 for k in n):,}' if n else '-',
-                'images in a class: fewest / median / most':three([k for k in n if k]),
-                'width: smallest / median / largest':three([o[1][0] for o in good]), 'height: likewise':three([o[1][1] for o in good]),
-                'kinds':', '.join(k for k,_ in kinds[:3]) + (', ...' if len(kinds)>3 else '') or '-',
-                'copies of an earlier image':f'{self.repeats(s):,}',
-                'images that the other split has too':f'{sum(t==s for g in self.leaks for t,_ in g):,}'}
-        return pd.DataFrame({s:column(s) for s in self.looks})
-
-    def findings(self):
-        "Sentences on what should be looked at"
-        fs = [str(f) for x in self.images.values() if not isinstance(x, torch.Tensor) for f in x]
-        top = os.path.commonpath([os.path.dirname(f) for f in fs]) if fs else ''
-        def name(s, i): return f'{s} {i}' if isinstance(self.images[s], torch.Tensor) else os.path.relpath(self.images[s][i], top)
-        def same(gs): return '; '.join(' = '.join(name(*o) for o in g[:3]) for g in gs[:3]) + ('; ...' if len(gs)>3 else '')
-        def n(xs, what, plural='images'): return f'{len(xs):,} {what if len(xs)==1 else plural}'
-        res = list(self.notes)
-        for s in self.looks:
-            for k,say in (('broken','cannot be read'), ('missing','not found')):
-                if bad := self.of(s, k):
-                    res.append(f"{n(bad, f'{s} image', f'{s} images')} {say}, left out: {name_some([os.path.relpath(f, top) for f in bad])}")
-        if self.leaks:
-            res.append(f"{n(self.leaks, 'image')} in both splits, so what is measured on the test images is too good: {same(self.leaks)}")
-        if self.contradictions: res.append(f"{n(self.contradictions, 'image')} with more than one label: {same(self.contradictions)}")
-        if inside := [g for g in self.same if g not in self.leaks]:
-            res.append(f"{n(inside, 'image')} found more than once in one split: {same(inside)}")
-        if c := self.small_classes:
-            res.append(f"{n(c, 'class', 'classes')} with fewer than {self.small} training images: "
-                       f"{name_some([f'{k} ({v})' for k,v in c], 5)}")
-        return res
-
-    def __repr__(self):
-        fs = self.findings()
-        return f"{self.items}\n\n{self.table().to_string()}\n\n" + ('\n'.join(f'- {o}' for o in fs) if fs else 'Nothing to complain about.')
+        self.folder = _common_folder(self.images.values())
+        self.looks = {split:_look_all(x, progress) for split,x in self.images.items()}
+        self.same = _equal_groups(self.looks)
 
 # %% ../../nbs/data/08_check.ipynb #f8f2fd46
 def check_data(
@@ -140,35 +83,176 @@ def check_data(
     **kwargs # Passed to `get_dataset`
 )->DataCheck: # Its text is the report
     "Read every image of a data set and report what is in it"
-    notes = []
-    if isinstance(name, (str, Path)):
-        with warnings.catch_warnings(record=True) as ws:
-            warnings.simplefilter('always'); name = get_dataset(name, path, **kwargs)
-        notes = [str(w.message) for w in ws if w.category is UserWarning]
-    return DataCheck(name, small, progress, notes)
+    if not isinstance(name, (str, Path)): return DataCheck(name, small, progress)
+    with warnings.catch_warnings(record=True) as ws:
+        warnings.simplefilter('always')
+        items = get_dataset(name, path, **kwargs)
+    return DataCheck(items, small, progress, [str(w.message) for w in ws if w.category is UserWarning])
+
+# %% ../../nbs/data/08_check.ipynb #3e853fe7
+@patch
+def of(self:DataCheck,
+    split:str, # 'train' or 'test'
+    trouble:str, # 'broken' or 'missing'
+)->list: # Paths
+    "Files that cannot be used"
+    return [self.images[split][i] for i,o in enumerate(self.looks[split]) if o.trouble==trouble]
+
+# %% ../../nbs/data/08_check.ipynb #598dee42
+@patch
+def repeats(self:DataCheck,
+    split:str, # 'train' or 'test'
+)->int: # How many images are copies of an earlier one in the same split
+    "Duplicates within a split"
+    return sum(max(0, sum(s==split for s,_ in group)-1) for group in self.same)
+
+# %% ../../nbs/data/08_check.ipynb #6c41a2d3
+@patch(as_prop=True)
+def leaks(self:DataCheck):
+    "Groups of equal images of which some are for training and some for testing"
+    return [group for group in self.same if len({s for s,_ in group})>1]
+
+# %% ../../nbs/data/08_check.ipynb #aad94191
+@patch(as_prop=True)
+def contradictions(self:DataCheck):
+    "Groups of equal images with different labels"
+    if not self.items.labelled: return []
+    return [group for group in self.same if len({int(self.labels[s][i]) for s,i in group})>1]
+
+# %% ../../nbs/data/08_check.ipynb #941b1bb4
+@patch
+def _class_sizes(self:DataCheck, split):
+    "Number of images in each class; nothing without labels"
+    if not self.items.labelled: return []
+    return torch.bincount(self.labels[split], minlength=len(self.items.classes)).tolist()
+
+# %% ../../nbs/data/08_check.ipynb #f4a5fb67
+@patch(as_prop=True)
+def small_classes(self:DataCheck):
+    "(class, training images) of the classes that have few"
+    few = [(c,n) for c,n in zip(self.items.classes, self._class_sizes('train')) if n<self.small]
+    return sorted(few, key=lambda o: o[1])
+
+# %% ../../nbs/data/08_check.ipynb #b753cc96
+def _three(values):
+    "The smallest, the median and the largest of some numbers, as text"
+    values = sorted(values)
+    return ' / '.join(f'{int(o):,}' for o in (values[0], values[len(values)//2], values[-1])) if values else '-'
+
+# %% ../../nbs/data/08_check.ipynb #3772fb22
+def _some_kinds(looks):
+    "The three most frequent kinds of files, as text"
+    kinds = [k for k,_ in Counter(o.kind for o in looks).most_common()]
+    return ', '.join(kinds[:3]) + (', ...' if len(kinds)>3 else '') or '-'
+
+# %% ../../nbs/data/08_check.ipynb #7d0e5501
+@patch
+def _column(self:DataCheck, split):
+    "What `table` says of one split"
+    good,sizes = [o for o in self.looks[split] if o.trouble is None],[n for n in self._class_sizes(split) if n]
+    leaked = sum(s==split for group in self.leaks for s,_ in group)
+    return {'images': f'{len(self.looks[split]):,}',
+            'readable': f'{len(good):,}',
+            **{o: f'{len(self.of(split, o)):,}' for o in ('broken','missing')},
+            'classes': f'{len(sizes):,}' if self.items.labelled and self.items.classes else '-',
+            'images in a class: fewest / median / most': _three(sizes),
+            'width: smallest / median / largest': _three([o.size[0] for o in good]),
+            'height: likewise': _three([o.size[1] for o in good]),
+            'kinds': _some_kinds(good),
+            'copies of an earlier image': f'{self.repeats(split):,}',
+            'images that the other split has too': f'{leaked:,}'}
+
+# %% ../../nbs/data/08_check.ipynb #6d732b2c
+@patch
+def table(self:DataCheck)->pd.DataFrame: # A column for each split
+    "Counts, as text"
+    return pd.DataFrame({split:self._column(split) for split in self.looks})
+
+# %% ../../nbs/data/08_check.ipynb #370160c3
+def _count(xs, what, plural='images'): return f'{len(xs):,} {what if len(xs)==1 else plural}'
+
+# %% ../../nbs/data/08_check.ipynb #bc427434
+@patch
+def _relative(self:DataCheck, file): return os.path.relpath(file, self.folder)
+
+@patch
+def _name(self:DataCheck, split, i):
+    images = self.images[split]
+    return f'{split} {i}' if isinstance(images, torch.Tensor) else self._relative(images[i])
+
+# %% ../../nbs/data/08_check.ipynb #2dbeaa54
+@patch
+def _name_groups(self:DataCheck, groups):
+    "The first few groups of equal images, as text"
+    return '; '.join(' = '.join(self._name(*o) for o in g[:3]) for g in groups[:3]) + ('; ...' if len(groups)>3 else '')
+
+# %% ../../nbs/data/08_check.ipynb #baecfaa7
+@patch
+def _file_findings(self:DataCheck):
+    "Sentences on files that cannot be used"
+    res = []
+    for split in self.images:
+        for trouble,says in (('broken','cannot be read'), ('missing','not found')):
+            if files := self.of(split, trouble):
+                res.append(f"{_count(files, f'{split} image', f'{split} images')} {says}, left out: "
+                           f"{name_some([self._relative(o) for o in files])}")
+    return res
+
+# %% ../../nbs/data/08_check.ipynb #7d5cfc30
+@patch
+def findings(self:DataCheck)->list: # Sentences
+    "What should be looked at"
+    res = self.notes + self._file_findings()
+    if leaks := self.leaks:
+        res.append(f"{_count(leaks, 'image')} in both splits, so what is measured on the test images is too good: "
+                   f"{self._name_groups(leaks)}")
+    if two := self.contradictions:
+        res.append(f"{_count(two, 'image')} with more than one label: {self._name_groups(two)}")
+    if inside := [g for g in self.same if g not in leaks]:
+        res.append(f"{_count(inside, 'image')} found more than once in one split: {self._name_groups(inside)}")
+    if few := self.small_classes:
+        res.append(f"{_count(few, 'class', 'classes')} with fewer than {self.small} training images: "
+                   f"{name_some([f'{c} ({n})' for c,n in few], 5)}")
+    return res
+
+# %% ../../nbs/data/08_check.ipynb #f02a4e46
+@patch
+def __repr__(self:DataCheck):
+    findings = '\n'.join(f'- {o}' for o in self.findings()) or 'Nothing to complain about.'
+    return f"{self.items}\n\n{self.table().to_string()}\n\n{findings}"
 
 # %% ../../nbs/data/08_check.ipynb #14224515
-def _data_list():
-    say = lambda n: ' or '.join(f'{a:,} / {b:,}' for a,b in published.get(n, [])) or '-'
+def _list_data_sets():
+    "Print name, size and source of each data set"
     own = dict(finches='drawn when it is asked for', folder='any folder of images')
-    for n in data_sets: print(f'{n:12} {say(n):49} {SOURCES[TITLES[n]] if n in TITLES else own[n]}')
+    for name in data_sets:
+        sizes = ' or '.join(f'{train:,} / {test:,}' for train,test in published.get(name, [])) or '-'
+        print(f'{name:12} {sizes:49} {SOURCES[name].where if name in SOURCES else own[name]}')
+
+# %% ../../nbs/data/08_check.ipynb #d57cec4c
+def _parser():
+    "What `fgsynth_data` takes"
+    parser = argparse.ArgumentParser('fgsynth_data', description='Look at a data set, fetch one, or list them.')
+    commands = parser.add_subparsers(dest='what', required=True)
+    check = commands.add_parser('check', help='what is in a data set: counts, sizes, broken files, duplicates, '
+                                              'small classes')
+    check.add_argument('name', help='name of a data set, or a folder of images')
+    check.add_argument('path', nargs='?', help='where the data set lies')
+    check.add_argument('--small', type=int, default=10,
+                       help='a class with fewer training images than this is called small (default: %(default)s)')
+    download = commands.add_parser('download', help='fetch a data set')
+    download.add_argument('name', help='name of a data set')
+    download.add_argument('path', help='folder to put it in')
+    commands.add_parser('list', help='the names, the training and test images that were published, '
+                                     'and where they are found')
+    return parser
 
 # %% ../../nbs/data/08_check.ipynb #edda4e65
 def fgsynth_data():
     "Command: look at a data set, fetch one, or list them"
-    p = argparse.ArgumentParser('fgsynth_data', description='Look at a data set, fetch one, or list them.')
-    sub = p.add_subparsers(dest='what', required=True)
-    c = sub.add_parser('check', help='what is in a data set: counts, sizes, broken files, duplicates, small classes')
-    d = sub.add_parser('download', help='fetch a data set')
-    sub.add_parser('list', help='the names, the training and test images that were published, and where they are found')
-    c.add_argument('name', help='name of a data set, or a folder of images')
-    c.add_argument('path', nargs='?', help='where the data set lies')
-    c.add_argument('--small', type=int, default=10,
-                   help='a class with fewer training images than this is called small (default: %(default)s)')
-    d.add_argument('name', help='name of a data set'); d.add_argument('path', help='folder to put it in')
-    a = p.parse_args()
+    a = _parser().parse_args()
     try:
-        if a.what=='list': _data_list()
+        if a.what=='list': _list_data_sets()
         elif a.what=='download': print(get_dataset(a.name, a.path, download=True))
         else: print(check_data(a.name, a.path, a.small, None if sys.stdout.isatty() else False))
     except InputError as e: sys.exit(f'fgsynth_data: {e}')

@@ -6,8 +6,10 @@
 __all__ = ['Items', 'choose_per_class', 'label_fraction', 'sample_items', 'hold_out']
 
 # %% ../../nbs/data/03_items.ipynb #95d3f6f7
+import torch
 from dataclasses import dataclass
-from fastai.vision.all import *
+from fastcore.basics import ifnone, patch
+from fastcore.foundation import L
 from ..core import InputError
 from .images import load_images
 
@@ -19,42 +21,54 @@ class Items:
     train:object # Training images: L of paths, or torch.uint8 (N, 3, H, W)
     test:object # Test images, in the same form; may be empty
     train_labels:torch.Tensor=None # torch.int64 (N,) in [0, number of classes), or None when unlabelled
-    test_labels:torch.Tensor=None # torch.int64, or None when unlabelled
+    test_labels:torch.Tensor=None # torch.int64, one for each test image, or None when unlabelled
     classes:list=() # Class names
-    train_masks:torch.Tensor=None # torch.uint8 (N, H, W), where the data set says which pixels tell the classes apart
+    train_masks:torch.Tensor=None # torch.uint8 (N, H, W), nonzero where a pixel tells the classes apart, if known
     test_masks:torch.Tensor=None # The same for the test images
-    train_groups:list=None # For each training image, which object or scene it shows, where the data set tells (GTSRB: the track of frames)
+    train_groups:list=None # For each training image, which object or scene it shows, if known
     cache_dir:str=None # Folder that keeps decoded images, see `load_images`
 
     @property
     def labelled(self): return self.train_labels is not None
 
-    def load(self,
-        split:str, # 'train' or 'test'
-        size:int, # Side of the images, in pixels
-        num_workers:int=None # Decoding threads
-    )->tuple: # As `load_images`
-        "`load_images` of one split, kept for the next call"
-        images,mem = getattr(self, split),self.__dict__.setdefault('_mem', {})
-        if split not in mem or mem[split][0] is not images or mem[split][1]!=size:
-            mem[split] = images,size,load_images(images, size, num_workers, cache_dir=self.cache_dir)
-        return mem[split][2]
+# %% ../../nbs/data/03_items.ipynb #6f163a3c
+@patch
+def __repr__(self:Items):
+    if self.labelled:
+        names = ', '.join(self.classes[:4]) + (', ...' if len(self.classes)>4 else '')
+        labels = f'{len(self.classes)} classes: {names}'
+    else: labels = 'unlabelled'
+    return f"{self.name}: {len(self.train):,} training and {len(self.test):,} test images; {labels}"
 
-    def __getstate__(self): return {k:v for k,v in self.__dict__.items() if k!='_mem'}
+# %% ../../nbs/data/03_items.ipynb #709e9081
+@patch
+def load(self:Items,
+    split:str, # 'train' or 'test'
+    size:int, # Side of the images, in pixels
+    num_workers:int=None # Decoding threads
+)->tuple: # As `load_images`
+    "`load_images` of one split, kept for the next call"
+    images,kept = getattr(self, split),self.__dict__.setdefault('_kept', {})
+    if split not in kept or kept[split][0] is not images or kept[split][1]!=size:
+        kept[split] = images,size,load_images(images, size, num_workers, cache_dir=self.cache_dir)
+    return kept[split][2]
 
-    def __repr__(self):
-        if not self.labelled: cs = 'unlabelled'
-        else: cs = f"{len(self.classes)} classes: {', '.join(self.classes[:4])}{', ...' if len(self.classes)>4 else ''}"
-        return f"{self.name}: {len(self.train):,} training and {len(self.test):,} test images; {cs}"
+# %% ../../nbs/data/03_items.ipynb #5528f72e
+@patch
+def __getstate__(self:Items): return {k:v for k,v in self.__dict__.items() if k!='_kept'}
 
 # %% ../../nbs/data/03_items.ipynb #2b71b7cc
-def choose_per_class(labels, n_of, seed):
-    "Sorted indices of the first `n_of(n)` of the `n` images of each class, in an order given by `seed`"
-    g,res = torch.Generator().manual_seed(int(seed)),[]
+def choose_per_class(
+    labels, # LongTensor (N,)
+    how_many, # Function from the number of images of a class to the number to choose
+    seed # Seed of the order within the classes
+)->torch.Tensor: # Sorted LongTensor of positions in `labels`
+    "The first few images of each class, in an order given by `seed`"
+    generator,chosen = torch.Generator().manual_seed(int(seed)),[]
     for c in labels.unique():
         ix = (labels==c).nonzero()[:,0]
-        res.append(ix[torch.randperm(len(ix), generator=g)[:n_of(len(ix))]])
-    return torch.cat(res).sort().values
+        chosen.append(ix[torch.randperm(len(ix), generator=generator)[:how_many(len(ix))]])
+    return torch.cat(chosen).sort().values
 
 # %% ../../nbs/data/03_items.ipynb #d0adb99c
 def label_fraction(
@@ -63,22 +77,50 @@ def label_fraction(
     seed:int=0 # Another seed, another choice
 )->torch.Tensor: # Sorted LongTensor of indices into `items.train`
     "A stratified, seeded, nested fraction of the training images: `pct` of each class, at least one image"
-    if not items.labelled: raise InputError(f"{items.name!r} has no labels, so there is no fraction of them: use one sub-folder per class.")
-    if not 0<pct<=1: raise InputError(f"The label fraction must be above 0 and at most 1, not {pct}: 20 % is 0.2.")
+    if not items.labelled:
+        raise InputError(f"{items.name!r} has no labels, so there is no fraction of them: "
+                         f"use one sub-folder per class.")
+    if not 0<pct<=1:
+        raise InputError(f"The label fraction must be above 0 and at most 1, not {pct}: 20 % is 0.2.")
     return choose_per_class(items.train_labels, lambda n: max(1, int(pct*n+0.5)), seed)
 
 # %% ../../nbs/data/03_items.ipynb #f2d157fe
-def sample_items(items, n_train, n_test, seed, name):
+def _sample(labels, n, generator):
+    "Sorted positions of `n` images with each class in proportion"
+    if n>=len(labels): return torch.arange(len(labels))
+    ix = torch.randperm(len(labels), generator=generator)
+    ix = ix[labels[ix].argsort(stable=True)] # class by class, in random order within each
+    return ix[torch.arange(n)*len(labels)//n].sort().values # evenly spaced
+
+# %% ../../nbs/data/03_items.ipynb #72410ac5
+def sample_items(
+    items, # `Items` with labels in both splits, and `train_groups`
+    n_train:int, # Training images to keep
+    n_test:int, # Test images to keep
+    seed:int, # Another seed, another choice
+    name:str # Name of the smaller data set
+)->Items: # Without masks
     "A smaller data set with each class in proportion; a split that is not larger stays as it is"
-    g = torch.Generator().manual_seed(int(seed))
-    def pick(y, n):
-        if n>=len(y): return torch.arange(len(y))
-        ix = torch.randperm(len(y), generator=g)
-        ix = ix[y[ix].argsort(stable=True)] # class by class, in random order within each
-        return ix[torch.arange(n)*len(y)//n].sort().values # evenly spaced
-    tr,te = pick(items.train_labels, n_train),pick(items.test_labels, n_test)
-    return Items(name, items.train[tr.tolist()], items.test[te.tolist()], items.train_labels[tr], items.test_labels[te], items.classes,
-                 train_groups=[items.train_groups[i] for i in tr.tolist()])
+    generator = torch.Generator().manual_seed(int(seed))
+    train,test = [_sample(y, n, generator) for y,n in ((items.train_labels,n_train), (items.test_labels,n_test))]
+    return Items(name, items.train[train.tolist()], items.test[test.tolist()],
+                 items.train_labels[train], items.test_labels[test], items.classes,
+                 train_groups=[items.train_groups[i] for i in train.tolist()])
+
+# %% ../../nbs/data/03_items.ipynb #170ba526
+def _choose_groups(groups, labels, pct, seed):
+    "A share of the groups of each class, at least one and not all"
+    label_of = {}
+    for g,y in zip(groups, labels.tolist()): label_of.setdefault(g, y)
+    names = list(label_of)
+    chosen = choose_per_class(torch.tensor(list(label_of.values())), lambda n: min(n-1, max(1, int(pct*n+0.5))), seed)
+    return {names[i] for i in chosen.tolist()}
+
+# %% ../../nbs/data/03_items.ipynb #eabc8cad
+def _pick(x, ix):
+    "Elements of a tensor or a list; None stays None"
+    if x is None: return None
+    return x[ix] if isinstance(x, torch.Tensor) else L(x)[ix.tolist()]
 
 # %% ../../nbs/data/03_items.ipynb #c562753d
 def hold_out(
@@ -86,17 +128,16 @@ def hold_out(
     pct:float=1/3, # Share of each class's groups to hold out, in (0, 1)
     seed:int=0, # Another seed, another choice
     groups=None, # For each training image, what it shows; default: `items.train_groups`, or every image for itself
-)->Items: # Its training images are those that were kept, its test images those held out; the test images of `items` are not in it
-    "Split the training images into two, group by group"
-    if not items.labelled: raise InputError(f"{items.name!r} has no labels, so nothing can be chosen on it: use one sub-folder per class.")
-    if not 0<pct<1: raise InputError(f"The share to hold out must be between 0 and 1, not {pct}: a third is 0.33.")
+)->Items: # The images that were kept as training images, those held out as test images
+    "Split the training images into two, group by group; the test images of `items` are not used"
+    if not items.labelled:
+        raise InputError(f"{items.name!r} has no labels, so nothing can be chosen on it: use one sub-folder per class.")
+    if not 0<pct<1:
+        raise InputError(f"The share to hold out must be between 0 and 1, not {pct}: a third is 0.33.")
     groups = ifnone(ifnone(groups, items.train_groups), range(len(items.train)))
-    first = {}
-    for g,y in zip(groups, items.train_labels.tolist()): first.setdefault(g, y)
-    names = list(first)
-    out = {names[i] for i in choose_per_class(tensor(list(first.values())), lambda n: min(n-1, max(1, int(pct*n+0.5))), seed).tolist()}
-    m = tensor([g in out for g in groups])
-    ix = [(~m).nonzero()[:,0],m.nonzero()[:,0]]
-    def pick(x, i): return None if x is None else x[i] if isinstance(x, torch.Tensor) else L(x)[i.tolist()]
-    return Items(items.name, *[pick(items.train, i) for i in ix], *[items.train_labels[i] for i in ix], items.classes,
-                 *[pick(items.train_masks, i) for i in ix], train_groups=pick(groups, ix[0]))
+    held = _choose_groups(groups, items.train_labels, pct, seed)
+    is_held = torch.tensor([g in held for g in groups])
+    keep,out = [o.nonzero()[:,0] for o in (~is_held, is_held)]
+    return Items(items.name, _pick(items.train, keep), _pick(items.train, out),
+                 items.train_labels[keep], items.train_labels[out], items.classes,
+                 _pick(items.train_masks, keep), _pick(items.train_masks, out), train_groups=_pick(groups, keep))

@@ -6,6 +6,7 @@
 __all__ = ['ImageDS', 'ImageDL', 'ssl_dls', 'labelled_dls']
 
 # %% ../../nbs/data/07_loaders.ipynb #e73efdda
+import warnings
 from torch.utils.data import get_worker_info
 from fastai.vision.all import *
 from ..core import InputError
@@ -25,44 +26,68 @@ class ImageDS:
         vocab=None # Class names, if `y` holds classes
     ):
         store_attr()
-        self.bad = torch.zeros(len(rows), dtype=torch.bool).share_memory_()
-        self.named = self.bad.clone()
+        self.unreadable = torch.zeros(len(rows), dtype=torch.bool).share_memory_()
+        self.reported = self.unreadable.clone()
         if vocab is not None: self.c = len(vocab)
 
     def __len__(self): return len(self.rows)
-    def new_empty(self):
-        return ImageDS(torch.empty(0,3,self.size,self.size, dtype=torch.uint8), self.rows[:0], self.y[:0], self.size, True, self.vocab)
 
-    def __getitem__(self, i):
-        if i>=len(self): raise IndexError(i)
-        r = int(self.rows[i])
-        if self.cached: return TensorImage(self.images[r]),self.y[i]
-        if isinstance(self.images, torch.Tensor): return TensorImage(resize_square(self.images[r:r+1], self.size)[0]),self.y[i]
-        for j in range(i, i + (len(self) if num_distrib()>1 else 1)):        # several processes need equally many: the next file that can be read takes its place
-            j %= len(self)
-            try: return TensorImage(decode_image(self.images[int(self.rows[j])], self.size)),self.y[j]
-            except Exception: self.bad[j] = True
-        raise SkipItemException
+# %% ../../nbs/data/07_loaders.ipynb #c29d920d
+@patch
+def __getitem__(self:ImageDS, i):
+    if i>=len(self):
+        raise IndexError(i)
+    row = int(self.rows[i])
+    if self.cached: return TensorImage(self.images[row]),self.y[i]
+    if not isinstance(self.images, torch.Tensor): return self._read(i)
+    return TensorImage(resize_square(self.images[row:row+1], self.size)[0]),self.y[i]
 
-    def batch(self, ix, device=None):
-        "Images and targets at the positions `ix`, at once"
-        ix = torch.as_tensor(ix)
-        cuda = device is not None and device.type=='cuda' and get_worker_info() is None
-        out = torch.empty(len(ix), *self.images.shape[1:], dtype=torch.uint8, pin_memory=cuda)
-        torch.index_select(self.images, 0, self.rows[ix], out=out)
-        return TensorImage(out.to(device, non_blocking=True) if cuda else out),self.y[ix]
+# %% ../../nbs/data/07_loaders.ipynb #7805de16
+@patch
+def _read(self:ImageDS, i):
+    "Decode the file at `i`, or in several processes the next one that can be read"
+    tries = len(self) if num_distrib()>1 else 1
+    for j in range(i, i+tries):
+        j %= len(self)
+        try: return TensorImage(decode_image(self.images[int(self.rows[j])], self.size)),self.y[j]
+        except Exception: self.unreadable[j] = True
+    raise SkipItemException
 
-    def decode(self, o, full=True):
-        "What `show_batch` shows: the image, titled with its class if it has one"
-        return (o[0],) if self.vocab is None else (o[0], Category(self.vocab[int(o[1])]))
+# %% ../../nbs/data/07_loaders.ipynb #a05d298b
+@patch
+def batch(self:ImageDS,
+    ix, # Positions of the images
+    device=None # Where the batch will be needed, as `torch.device`
+)->tuple: # Images, torch.uint8 (B, 3, size, size), and their targets
+    "Images and targets at the positions `ix`, at once"
+    ix = torch.as_tensor(ix)
+    cuda = device is not None and device.type=='cuda' and get_worker_info() is None
+    out = torch.empty(len(ix), *self.images.shape[1:], dtype=torch.uint8, pin_memory=cuda)
+    torch.index_select(self.images, 0, self.rows[ix], out=out)
+    return TensorImage(out.to(device, non_blocking=True) if cuda else out),self.y[ix]
 
-    def report(self):
-        "Name the unreadable images met since the last report"
-        if not len(self) or not self.bad.any(): return
-        if self.bad.all(): raise InputError(f"None of the {len(self):,} images can be read: check that they are image files.")
-        new = (self.bad & ~self.named).nonzero()[:,0]
-        self.named |= self.bad
-        if len(new): warn_unreadable([self.images[i] for i in self.rows[new].tolist()], len(self))
+# %% ../../nbs/data/07_loaders.ipynb #bd95dfc9
+@patch
+def decode(self:ImageDS, o, full=True):
+    "What `show_batch` shows: the image, titled with its class if it has one"
+    return (o[0],) if self.vocab is None else (o[0], Category(self.vocab[int(o[1])]))
+
+# %% ../../nbs/data/07_loaders.ipynb #8290baca
+@patch
+def new_empty(self:ImageDS):
+    images = torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)
+    return ImageDS(images, self.rows[:0], self.y[:0], self.size, True, self.vocab)
+
+# %% ../../nbs/data/07_loaders.ipynb #e8619c5e
+@patch
+def report(self:ImageDS):
+    "Name the unreadable images met since the last report"
+    if not len(self) or not self.unreadable.any(): return
+    if self.unreadable.all():
+        raise InputError(f"None of the {len(self):,} images can be read: check that they are image files.")
+    new = (self.unreadable & ~self.reported).nonzero()[:,0]
+    self.reported |= self.unreadable
+    if len(new): warn_unreadable([self.images[i] for i in self.rows[new].tolist()], len(self))
 
 # %% ../../nbs/data/07_loaders.ipynb #92032d62
 class ImageDL(TfmdDL):
@@ -78,41 +103,72 @@ class ImageDL(TfmdDL):
         super().after_iter()
         if isinstance(self.dataset, ImageDS): self.dataset.report()
 
-# %% ../../nbs/data/07_loaders.ipynb #445a37a1
-def _image_ds(items, split, sel, size, cache, num_workers, labels=None):
-    "`ImageDS` of the images `sel` of one split; targets are `labels`, else the images' indices"
-    images = getattr(items, split)
-    if cache not in ('auto',True,False): raise InputError(f"cache must be 'auto', True or False, not {cache!r}.")
-    if cache=='auto': cache = items.cache_dir is not None or len(images)*3*size**2 <= 2e9
-    if not len(sel): images,rows,idx,cache = torch.empty(0,3,size,size, dtype=torch.uint8),sel,sel,True
-    elif cache:
-        images,good = items.load(split, size, num_workers)
-        rows = torch.isin(good, sel).nonzero()[:,0]; idx = good[rows]
-    else: rows = idx = sel
-    if labels is None: return ImageDS(images, rows, idx, size, cache)
-    return ImageDS(images, rows, TensorCategory(labels[idx]), size, cache, list(items.classes))
-
 # %% ../../nbs/data/07_loaders.ipynb #6c77f5b4
 def _image_dl(ds, bs, train, num_workers, device, drop_last=False):
     "`ImageDL` with float images on the device"
-    lazy = len(ds) and not ds.cached
-    dl = ImageDL(ds, bs=bs, shuffle=train, drop_last=drop_last, num_workers=ifnone(num_workers, min(16, defaults.cpus)) if lazy else 0,
-                 pin_memory=bool(lazy) and device.type=='cuda', device=device, after_batch=IntToFloatTensor())
+    on_demand = bool(len(ds)) and not ds.cached
+    workers = ifnone(num_workers, min(16, defaults.cpus)) if on_demand else 0
+    dl = ImageDL(ds, bs=bs, shuffle=train, drop_last=drop_last, num_workers=workers,
+                 pin_memory=on_demand and device.type=='cuda', device=device, after_batch=IntToFloatTensor())
     dl._n_inp,dl._types = 1,{tuple:[TensorImage, type(ds.y)]} # known beforehand: works for an empty loader too
     return dl
 
 # %% ../../nbs/data/07_loaders.ipynb #83f555ed
-def _dls(items, dss, bs, size, num_workers, device, drop_last):
-    "Train and valid `DataLoaders`"
+def _data_loaders(items, parts, bs, size, num_workers, device, drop_last):
+    "Train and valid `DataLoaders` of two `ImageDS`"
     device = default_device() if device is None else torch.device(device)
-    dls = DataLoaders(*[_image_dl(ds, bs, i==0, num_workers, device, drop_last and i==0) for i,ds in enumerate(dss)], device=device)
+    train,valid = parts
+    dls = DataLoaders(_image_dl(train, bs, True, num_workers, device, drop_last),
+                      _image_dl(valid, bs, False, num_workers, device), device=device)
     dls.size,dls.items = size,items
     return dls
 
+# %% ../../nbs/data/07_loaders.ipynb #ffee824c
+def _in_memory(cache, items, n, size):
+    "Are `n` images to be decoded once and kept?"
+    if cache not in ('auto',True,False):
+        raise InputError(f"cache must be 'auto', True or False, not {cache!r}.")
+    return items.cache_dir is not None or n*3*size**2 <= 2e9 if cache=='auto' else cache
+
+# %% ../../nbs/data/07_loaders.ipynb #445a37a1
+def _image_ds(items, split, chosen, size, cache, num_workers, labels=None):
+    "`ImageDS` of the images `chosen` of one split; targets are `labels`, else the images' indices"
+    images = getattr(items, split)
+    cached = _in_memory(cache, items, len(images), size)
+    rows = ix = chosen
+    if not len(chosen): images,cached = torch.empty(0, 3, size, size, dtype=torch.uint8),True
+    elif cached:
+        images,readable = items.load(split, size, num_workers)
+        rows = torch.isin(readable, chosen).nonzero()[:,0]
+        ix = readable[rows]
+    if labels is None: return ImageDS(images, rows, ix, size, cached)
+    return ImageDS(images, rows, TensorCategory(labels[ix]), size, cached, list(items.classes))
+
 # %% ../../nbs/data/07_loaders.ipynb #0eda4dcb
 def _check_size(size, bs):
-    if size!=int(size) or size<32: raise InputError(f"Images must be at least 32 pixels wide, not {size}: choose size=32 or more.")
-    if bs!=int(bs) or bs<1: raise InputError(f"A batch needs at least one image, not {bs}: choose bs=1 or more.")
+    "Refuse sizes that cannot be trained with"
+    if size!=int(size) or size<32:
+        raise InputError(f"Images must be at least 32 pixels wide, not {size}: choose size=32 or more.")
+    if bs!=int(bs) or bs<1:
+        raise InputError(f"A batch needs at least one image, not {bs}: choose bs=1 or more.")
+
+# %% ../../nbs/data/07_loaders.ipynb #432ccb88
+def _check_enough(n, bs):
+    "Refuse `n` images that do not fill one batch in each process"
+    processes = max(1, num_distrib())
+    if -(-n//processes)>=bs: return
+    have = 'is 1 training image' if n==1 else f'are {n:,} training images'
+    each = f' in each of {processes} processes' if processes>1 else ''
+    raise InputError(f"There {have} but a batch needs {bs:,}{each}: choose a smaller batch size (bs) or add images.")
+
+# %% ../../nbs/data/07_loaders.ipynb #63b0db25
+def _train_and_valid(n, valid_pct, seed):
+    "Sorted positions of the images to train on and of those held out"
+    if not 0<=valid_pct<1:
+        raise InputError(f"valid_pct must be at least 0 and below 1, not {valid_pct}.")
+    ix = torch.randperm(n, generator=torch.Generator().manual_seed(int(seed)))
+    n_valid = int(valid_pct*n+0.5)
+    return ix[n_valid:].sort().values,ix[:n_valid].sort().values
 
 # %% ../../nbs/data/07_loaders.ipynb #65821115
 def ssl_dls(
@@ -123,23 +179,18 @@ def ssl_dls(
     valid_pct:float=0., # Part of the training images held out for validation; 0 leaves the valid loader empty
     seed:int=0, # Seed of that hold-out
     device=None, # Where batches go; default: fastai's
-    cache='auto' # Decode once and keep in memory? 'auto' does when it takes at most 2 GB, or when `items.cache_dir` is set; True, False
-)->DataLoaders: # batches (x, i): TensorImage float (B, 3, size, size) in [0, 1], LongTensor (B,) of indices into `items.train`
+    cache='auto' # Decode once and keep in memory? True, False, or 'auto': as described above
+)->DataLoaders: # batches (x, i): TensorImage float (B, 3, size, size) in [0, 1], LongTensor (B,) of indices
     "Clean, unlabelled training images in random order, on the device"
     _check_size(size, bs)
-    if not 0<=valid_pct<1: raise InputError(f"valid_pct must be at least 0 and below 1, not {valid_pct}.")
-    n = len(items.train)
-    ix = torch.randperm(n, generator=torch.Generator().manual_seed(int(seed))); n_val = int(valid_pct*n+0.5)
-    sels = ix[n_val:].sort().values,ix[:n_val].sort().values
-    def check(n):
-        w = max(1, num_distrib())
-        if -(-n//w)>=bs: return
-        have,each = 'is 1 training image' if n==1 else f'are {n:,} training images', f' in each of {w} processes' if w>1 else ''
-        raise InputError(f"There {have} but a batch needs {bs:,}{each}: choose a smaller batch size (bs) or add images.")
-    check(len(sels[0]))
-    dss = [_image_ds(items, 'train', o, size, cache, num_workers) for o in sels]
-    check(len(dss[0]))
-    return _dls(items, dss, bs, size, num_workers, device, True)
+    parts = _train_and_valid(len(items.train), valid_pct, seed)
+    _check_enough(len(parts[0]), bs)
+    parts = [_image_ds(items, 'train', o, size, cache, num_workers) for o in parts]
+    _check_enough(len(parts[0]), bs) # without the images that cannot be read
+    return _data_loaders(items, parts, bs, size, num_workers, device, drop_last=True)
+
+# %% ../../nbs/data/07_loaders.ipynb #a9336e96
+warnings.filterwarnings('ignore', message='Your generator is empty')
 
 # %% ../../nbs/data/07_loaders.ipynb #67740ef0
 def labelled_dls(
@@ -154,9 +205,10 @@ def labelled_dls(
 )->DataLoaders: # batches (x, y): TensorImage float (B, 3, size, size) in [0, 1], TensorCategory (B,)
     "Clean labelled images: a fraction of the training images in random order, and the test images for validation"
     _check_size(size, bs)
-    tr = label_fraction(items, pct, seed)
-    dss = [_image_ds(items, 'train', tr, size, cache, num_workers, items.train_labels),
-           _image_ds(items, 'test', torch.arange(len(items.test)), size, cache, num_workers, ifnone(items.test_labels, tr[:0]))]
-    dls = _dls(items, dss, bs, size, num_workers, device, len(dss[0])>=bs)
+    chosen,tested = label_fraction(items, pct, seed),torch.arange(len(items.test))
+    test_labels = ifnone(items.test_labels, chosen[:0])
+    train = _image_ds(items, 'train', chosen, size, cache, num_workers, items.train_labels)
+    test = _image_ds(items, 'test', tested, size, cache, num_workers, test_labels)
+    dls = _data_loaders(items, [train,test], bs, size, num_workers, device, drop_last=len(train)>=bs)
     dls.vocab,dls.c = L(items.classes),len(items.classes)
     return dls
