@@ -7,8 +7,26 @@ __all__ = ['Decoder']
 
 # %% ../../nbs/nets/02_decoder.ipynb #05d77b0d
 import math, torch, torch.nn.functional as F
+from fastcore.basics import patch
 from torch import nn
 from ..core import InputError
+
+# %% ../../nbs/nets/02_decoder.ipynb #1b9ed304
+def _doubling(
+    c_in:int, # Channels that come in
+    c_out:int, # Channels that go out
+)->nn.Module: # Maps (B, c_in, H, W) to (B, c_out, 2H, 2W)
+    "Normalise, convolve, and shuffle the channels into a map of twice the side"
+    norm = nn.Sequential(nn.GroupNorm(math.gcd(8, c_in), c_in), nn.ReLU(inplace=True))
+    return nn.Sequential(norm, nn.Conv2d(c_in, 4*c_out, 3, padding=1), nn.PixelShuffle(2))
+
+# %% ../../nbs/nets/02_decoder.ipynb #24105956
+def _check_sizes(size, draw, grid):
+    if min(size, draw)<8:
+        raise InputError(f"A decoder cannot draw images of {min(size, draw)} pixels: choose a size of 8 or more.")
+    if draw>size or not 1<=(grid or 1)<draw:
+        raise InputError(f"A decoder of {size} pixels cannot draw at {draw} from a map of {grid or 7}: "
+                         "the map must be smaller than the drawing, and that no larger than the picture.")
 
 # %% ../../nbs/nets/02_decoder.ipynb #b93953b8
 class Decoder(nn.Module):
@@ -22,37 +40,44 @@ class Decoder(nn.Module):
     ):
         super().__init__()
         draw = draw or size
-        if min(size, draw)<8: raise InputError(f"A decoder cannot draw images of {min(size, draw)} pixels: choose a size of 8 or more.")
-        if draw>size or not 1<=(grid or 1)<draw: raise InputError(f"A decoder of {size} pixels cannot draw at {draw} from a map of {grid}: the map must be smaller than the drawing, and that no larger than the picture.")
-        ups = max(1, math.ceil(math.log2(draw/(grid or 7))))
-        self.d,self.size,self.width,self.draw,self.grid = d,size,width,draw,math.ceil(draw/2**ups)
-        chans = [min(512, width*2**i) for i in reversed(range(ups))]
-        self.expand = nn.Linear(d, chans[0]*self.grid**2)
-        self.steps = nn.Sequential(*[nn.Sequential(self._norm(a), nn.Conv2d(a, 4*b, 3, padding=1), nn.PixelShuffle(2))
-                                     for a,b in zip(chans, chans[1:]+[3])])
+        _check_sizes(size, draw, grid)
+        doublings = max(1, math.ceil(math.log2(draw/(grid or 7))))
+        self.d,self.size,self.width,self.draw,self.grid = d,size,width,draw,math.ceil(draw/2**doublings)
+        channels = [min(512, width*2**i) for i in reversed(range(doublings))]
+        self.expand = nn.Linear(d, channels[0]*self.grid**2)
+        self.steps = nn.Sequential(*[_doubling(*c) for c in zip(channels, channels[1:]+[3])])
         self.register_buffer('shift', torch.zeros(d))
         self.register_buffer('scale', torch.ones(()))
         self.register_buffer('calibrated', torch.tensor(False))
 
-    def _norm(self, c): return nn.Sequential(nn.GroupNorm(math.gcd(8, c), c), nn.ReLU(inplace=True))
+# %% ../../nbs/nets/02_decoder.ipynb #a007bb15
+@patch
+def forward(self:Decoder,
+    z, # Features (B, d)
+): # (B, 3, size, size) in [0, 1]
+    "The image of each feature vector"
+    x = self.expand((z - self.shift) / self.scale)
+    x = self.steps(x.view(len(z), -1, self.grid, self.grid)).sigmoid()
+    rim = (x.shape[-1] - self.draw)//2
+    x = x[..., rim:rim+self.draw, rim:rim+self.draw]
+    return x if self.draw==self.size else F.interpolate(x, self.size, mode='bilinear')
 
-    def _load_from_state_dict(self, state, prefix, *args, **kwargs):
-        "The first layer was called `spread` in files of version 0.0.1"
-        for k in [k for k in state if k.startswith(f'{prefix}spread.')]:
-            state[k.replace(f'{prefix}spread.', f'{prefix}expand.', 1)] = state.pop(k)
-        super()._load_from_state_dict(state, prefix, *args, **kwargs)
+# %% ../../nbs/nets/02_decoder.ipynb #0665e719
+@patch
+def calibrate(self:Decoder,
+    z, # Features (B, d) such as will be decoded
+)->Decoder: # Itself
+    "Take the mean of each dimension and one scale from features"
+    z = z.detach().float()
+    self.shift.copy_(z.mean(0))
+    self.scale.copy_((z - self.shift).pow(2).mean().sqrt().clamp_min(1e-6))
+    self.calibrated.fill_(True)
+    return self
 
-    def calibrate(self, z):
-        "Take mean per dimension and one scale from features `z` (B, d)"
-        z = z.detach().float()
-        self.shift.copy_(z.mean(0))
-        self.scale.copy_((z - self.shift).pow(2).mean().sqrt().clamp_min(1e-6))
-        self.calibrated.fill_(True)
-        return self
-
-    def forward(self, z):
-        x = self.expand((z - self.shift) / self.scale)
-        x = self.steps(x.view(len(z), -1, self.grid, self.grid)).sigmoid()
-        o = (x.shape[-1] - self.draw)//2
-        x = x[..., o:o+self.draw, o:o+self.draw]
-        return x if self.draw==self.size else F.interpolate(x, self.size, mode='bilinear')
+# %% ../../nbs/nets/02_decoder.ipynb #c2c6dcff
+@patch
+def _load_from_state_dict(self:Decoder, state, prefix, *args, **kwargs):
+    "As PyTorch does it, but the first layer may have its old name"
+    old = f'{prefix}spread.'
+    for k in [k for k in state if k.startswith(old)]: state[f'{prefix}expand.' + k.removeprefix(old)] = state.pop(k)
+    nn.Module._load_from_state_dict(self, state, prefix, *args, **kwargs)

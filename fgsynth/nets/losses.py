@@ -69,16 +69,15 @@ def distill(
     return _reduce(l, reduction)
 
 # %% ../../nbs/nets/03_losses.ipynb #953701f9
-def _info_nce(q, k, negatives, temperature, mask=None):
-    return info_nce(q, k, negatives, temperature, mask, 'sum')
-
-def _in_batch(q, k, negatives, temperature, mask=None):
-    "InfoNCE whose negatives are the keys of the batch's other images"
-    others,own = _unit(k.detach()),torch.eye(len(k), dtype=torch.bool, device=k.device)
-    return info_nce(q, others, others, temperature, own, 'sum')
-
+def _info_nce(q, k, negatives, temperature, mask=None): return info_nce(q, k, negatives, temperature, mask, 'sum')
 def _neg_cosine(q, k, negatives, temperature, mask=None): return neg_cosine(q, k, 'sum')
-
 def _distill(q, k, negatives, temperature, mask=None): return distill(q, k, negatives, *temperature, 'sum')
 
+# %% ../../nbs/nets/03_losses.ipynb #c423bb06
+def _in_batch(q, k, negatives, temperature, mask=None):
+    "InfoNCE whose negatives are the keys of the batch's other images"
+    keys,own = _unit(k.detach()),torch.eye(len(k), dtype=torch.bool, device=k.device)
+    return info_nce(q, keys, keys, temperature, own, 'sum')
+
+# %% ../../nbs/nets/03_losses.ipynb #a3894633
 summed_losses = dict(info_nce=_info_nce, in_batch=_in_batch, neg_cosine=_neg_cosine, distill=_distill)
