@@ -11,18 +11,23 @@ from difflib import get_close_matches
 # %% ../nbs/00_core.ipynb #1fa26ed6
 class InputError(ValueError):
     "Something the user gave cannot be used; the message says what was wrong and what to do"
-    def __init__(self, msg): super().__init__(msg); self.msg = msg
+    def __init__(self,
+        msg:str, # One sentence for the user
+    ):
+        super().__init__(msg)
+        self.msg = msg
     def __str__(self): return self.msg
 
 # %% ../nbs/00_core.ipynb #59a5e1e0
 def check_name(
     name:str, # What the user wrote
     known, # The names that would have been right
-    what:str='name' # What kind of thing it is, for the sentence: 'data set', 'architecture', ...
+    what:str='name', # What kind of thing it is, for the sentence: 'data set', 'architecture', ...
 )->str: # `name`, when it is known
     "Return `name` if it is one of `known`, else raise `InputError` with the nearest names"
     known = list(known)
     if name in known: return name
     near = get_close_matches(str(name), known, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"choose one of {', '.join(map(repr, known[:12]))}{', ...' if len(known)>12 else ''}."
+    if near: hint = f"did you mean {' or '.join(map(repr, near))}?"
+    else: hint = f"choose one of {', '.join(map(repr, known[:12]))}{', ...' if len(known)>12 else ''}."
     raise InputError(f"There is no {what} {name!r}: {hint}")
