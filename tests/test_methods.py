@@ -1,0 +1,337 @@
+"The five methods: each against its own implementation in float64, and what their models keep"
+import inspect, math, warnings
+from copy import deepcopy
+from types import SimpleNamespace
+import pytest, torch
+from torch import nn
+from fastai.callback.core import Callback
+from fastai.callback.training import GradientAccumulation
+from fastai.torch_core import set_seed
+from fgsynth.core import InputError
+from fgsynth.data.datasets import get_dataset
+from fgsynth.data.loaders import ssl_dls
+from fgsynth.nets.encoders import create_encoder, num_features
+from fgsynth.nets.heads import MLPHead
+from fgsynth.nets.losses import info_nce
+from fgsynth.nets.saliency import Saliency, saliency_for_pictures
+from fgsynth.methods.base import SSLMethod, SSLModel, batch_stats_only
+from fgsynth.methods.mocov2 import MoCoModel, MoCoV2
+from fgsynth.methods.simsiam import SimSiam, SimSiamModel
+from fgsynth.methods.simclr import SimCLR
+from fgsynth.methods.byol import BYOL
+from fgsynth.methods.dino import DINO
+from fgsynth.methods.learner import ssl_learner
+from fgsynth.synth.callbacks import synth_pairs
+from training import KeepViews, close, move, next_losses, quietly, replay, small, unit
+
+BatchNorm = nn.modules.batchnorm._BatchNorm
+
+@pytest.fixture(scope='module')
+def items(): return get_dataset('finches', n_train=256, n_test=64, size=32)
+
+@pytest.fixture(scope='module')
+def dls(items): return ssl_dls(items, size=32, bs=64)
+
+class Contrast(SSLMethod):
+    "The base class, which says how its loss is explained"
+    def saliency(self): return Saliency(self.net.projector, kind='in_batch', temperature=self.temperature)
+
+tiny = dict(mocov2=lambda: MoCoV2(K=128), simsiam=lambda: SimSiam(64,16), simclr=lambda: SimCLR(), byol=lambda: BYOL(hidden=64, dim=16),
+            dino=lambda: DINO(K=32, n_local=1, hidden=64, dim=16))
+
+# the base class
+
+def test_model_keeps_the_features_of_the_first_view():
+    enc = create_encoder('resnet18')
+    m = SSLModel(enc, MLPHead(512,512,128))
+    a,b = m(torch.rand(4,3,32,32), torch.rand(4,3,32,32))
+    assert (a.shape, m.last_features.shape, m.last_features.requires_grad)==((4,128), (4,512), False)
+    assert [len(g) for g in m.param_groups()]==[len(list(enc.parameters())), 4]
+    m.eval(); x,y = torch.rand(2,4,3,32,32); m(x, y)
+    assert close(m.last_features, enc(x))
+
+def test_frozen_batch_norm_stays_in_evaluation_mode():
+    m = SSLModel(create_encoder('timm/test_byobnet'), nn.Identity(), frozen_bn=True).train()
+    assert {o.training for o in m.encoder.modules() if isinstance(o, BatchNorm)}=={False}
+    assert m.training
+
+def test_batch_stats_only_leaves_all_as_it_was():
+    bn = nn.BatchNorm1d(4).train(); x = torch.randn(16,4)*3 + 1
+    net = nn.Sequential(nn.Linear(4,4), bn, nn.BatchNorm1d(4, track_running_stats=False))
+    with batch_stats_only(net): net(x)
+    assert bn.training and bn.num_batches_tracked==0
+    assert [m.track_running_stats for m in net[1:]]==[True,False]
+    net(x); assert bn.num_batches_tracked==1
+
+def test_slow_copies_move_by_the_share_that_is_asked_for_and_nothing_else():
+    m = SSLModel(nn.Linear(4,3), nn.BatchNorm1d(3)); m.slow_copies('encoder','projector')
+    old = deepcopy(m.state_dict()); nn.init.normal_(m.encoder.weight); m.follow(.9)
+    assert close(m.key_encoder.weight, .9*old['encoder.weight'] + .1*m.encoder.weight, 1e-6)
+    assert m.key_projector.running_mean.equal(old['projector.running_mean'])
+    assert {p.requires_grad for n,p in m.named_parameters() if n.startswith('key_')}=={False}
+
+def contrast(a, b):
+    "The normalised temperature-scaled cross entropy of SimCLR, written out"
+    u = torch.cat([unit(a), unit(b)]); n = len(a); total = 0.
+    for i in range(2*n): total -= (u[i]@u[(i+n)%(2*n)]/.2) - torch.stack([u[i]@u[j]/.2 for j in range(2*n) if j!=i]).logsumexp(0)
+    return total/(2*n)
+
+def test_base_class_is_contrast_within_the_batch(dls):
+    l = ssl_learner(dls, small(), Contrast()); g = l.model.projector.eval()
+    a,b,z = torch.randn(3,5,128)
+    assert close(l.ssl.loss(a, b), contrast(a, b), 1e-4)
+    assert close(l.ssl.view_loss((a,b), z), contrast(a, g(z)), 1e-4)
+    assert close(l.ssl.pair_loss(a, b), contrast(g(a), g(b)), 1e-4)
+    p,q = unit(g(z)),unit(b)
+    assert close(l.ssl.saliency()(z, b), -(p@q.T/.2).log_softmax(1).diagonal().sum(), 1e-4)
+    assert close(saliency_for_pictures(l.ssl.saliency(), z).negatives, p)
+
+def test_method_that_explains_nothing_trains_without_pairs_alone(dls):
+    "And with pairs it says what to add"
+    quietly(ssl_learner(dls, small(), SSLMethod()))
+    with pytest.raises(InputError, match='SSLMethod does not say .* give it a method `saliency`'):
+        quietly(ssl_learner(dls, small(), SSLMethod(), cbs=synth_pairs(decoder_width=4)), 2)
+    quietly(ssl_learner(dls, small(), Contrast(), cbs=synth_pairs(decoder_width=4)), 2)
+
+def test_step_that_was_given_up_moves_no_copy():
+    class Moved(Exception): pass
+    class Follows(SSLMethod):
+        def follow(self): raise Moved
+    m = Follows()
+    m.after_cancel_step(); m.after_step(); assert not m.skipped
+    with pytest.raises(Moved): m.after_step()
+
+def test_whole_images_stay_whole(dls):
+    "What has one colour has one colour afterwards, and left stays left"
+    ssl = ssl_learner(dls, small()).ssl
+    flat = torch.rand(4,3,1,1).expand(4,3,32,32); w = ssl.whole(flat)
+    assert w.shape==flat.shape and close(w, w.mean((2,3), keepdim=True).expand_as(w), 1e-4)
+    half = torch.zeros(8,3,32,32); half[...,16:] = .6; w = ssl.whole(half).mean((1,2))
+    assert (w[:,-1]>w[:,0]).all()
+
+def test_a_view_is_the_first_that_the_views_give(dls):
+    l = ssl_learner(dls, small(), SSLMethod(views=lambda x: (x*2, x*3)))
+    assert l.ssl.view(torch.ones(1))==2
+
+def test_only_a_cosine_is_signed(): assert [o.signed for o in (SSLMethod(), MoCoV2(), SimSiam())]==[False,False,True]
+
+@pytest.mark.parametrize('model', [SSLModel, MoCoModel, SimSiamModel])
+def test_batch_norm_learns_by_default(model): assert inspect.signature(model).parameters['frozen_bn'].default is False
+
+# each method against another implementation
+
+def kept(dls, method, lr=.05, seed=1, prepare=lambda model: None, **kw):
+    "A learner after one epoch, its model before that in float64, and what it saw"
+    set_seed(seed); keep = KeepViews()
+    learn = ssl_learner(dls, small(), method, cbs=keep, **kw); prepare(learn.model)
+    ref = deepcopy(learn.model).double().train()
+    return quietly(learn, 1, lr),ref,keep.seen
+
+def same_weights(learn, ref, *names, tol=1e-3):
+    return all(close(getattr(learn.model, n).body[0].weight, getattr(ref, n).body[0].weight, tol) for n in names)
+
+def test_mocov2(dls):
+    "After the pseudocode of the paper: loss, queue and weights, step by step"
+    learn,ref,seen = kept(dls, MoCoV2(K=128, momentum=.9), lr=.1)
+    state = dict(queue=ref.queue.clone())
+    def loss_of(v1, v2):
+        q,state['k'] = unit(ref.projector(ref.encoder(v1))),unit(ref.key_projector(ref.key_encoder(v2)))
+        logits = torch.cat([(q*state['k']).sum(1, keepdim=True), q@state['queue'].T], 1)/.2
+        return -logits.log_softmax(1)[:,0].mean()
+    def after_step(i):
+        state['queue'] = torch.cat([state['queue'][64:], state['k'].detach()])                 # oldest out, newest in
+        for n in 'encoder','projector': move(getattr(ref, f'key_{n}'), getattr(ref, n), .9)
+    losses = replay(seen, [*ref.encoder.parameters(), *ref.projector.parameters()], loss_of, after_step, lr=.1)
+    assert close([s[-1] for s in seen], losses, 1e-4)
+    assert same_weights(learn, ref, 'encoder', 'key_encoder', tol=1e-4)
+    assert close(learn.model.queue.roll(-learn.model.ptr.item(), 0), state['queue'], 1e-3)
+    assert close(learn.recorder.values[-1][1], sum(losses)/len(losses), 1e-4)                  # the table has their mean
+
+def test_simsiam(dls):
+    "Loss, gradients, and weight decay as PyTorch's SGD has it"
+    learn,ref,seen = kept(dls, SimSiam(dim=64, bottleneck=16), seed=2, wd=.05)
+    def cosine(a, b): return (unit(a)*unit(b.detach())).sum(1).mean()
+    def loss_of(*views):
+        z1,z2 = [ref.projector(ref.encoder(v)) for v in views]
+        return -(cosine(ref.predictor(z1), z2) + cosine(ref.predictor(z2), z1))/2
+    assert close([s[-1] for s in seen], replay(seen, ref.parameters(), loss_of, wd=.05), 1e-4)
+    assert same_weights(learn, ref, 'encoder')
+    assert close(learn.model.encoder.body[0].bias, ref.encoder.body[0].bias, 1e-3)
+
+def test_simclr(dls):
+    "One image after another, as in the paper's Eq. 1"
+    learn,ref,seen = kept(dls, SimCLR(temperature=.5))
+    def loss_of(*views):
+        e = torch.cat([unit(ref.projector(ref.encoder(v))) for v in views]); n,loss = len(e),0
+        for i in range(n):
+            sims = (e[i]@e.T/.5).exp()
+            loss = loss - (sims[(i+n//2)%n]/(sims.sum()-sims[i])).log()/n
+        return loss
+    assert close([s[-1] for s in seen], replay(seen, ref.parameters(), loss_of), 1e-4)
+    assert same_weights(learn, ref, 'encoder')
+
+def rising(m, i, steps): return 1 - (1-m)*(math.cos(math.pi*i/steps)+1)/2
+
+def test_byol(dls):
+    "After the paper's Eq. 1 to 3: squared distances, and a momentum that rises"
+    learn,ref,seen = kept(dls, BYOL(momentum=.5, hidden=64, dim=16))
+    def loss_of(*views):
+        p1,p2 = [unit(ref.predictor(ref.projector(ref.encoder(v)))) for v in views]
+        with torch.no_grad(): t1,t2 = [unit(ref.key_projector(ref.key_encoder(v))) for v in views]
+        return (p1-t2).pow(2).sum(1).mean() + (p2-t1).pow(2).sum(1).mean()
+    def after_step(i):
+        for n in 'encoder','projector': move(getattr(ref, f'key_{n}'), getattr(ref, n), rising(.5, i, len(seen)))
+    online = [*ref.encoder.parameters(), *ref.projector.parameters(), *ref.predictor.parameters()]
+    assert close([s[-1] for s in seen], replay(seen, online, loss_of, after_step), 1e-4)
+    assert same_weights(learn, ref, 'encoder', 'key_encoder')
+
+def test_dino(dls):
+    "Softmax by softmax as in the paper's algorithm 1, centre and teacher included"
+    def prepare(m): # so that logits differ from the start
+        nn.init.normal_(m.projector[-1].weight); m.key_projector.load_state_dict(m.projector.state_dict())
+    learn,ref,seen = kept(dls, DINO(K=32, n_local=2, momentum=.5, hidden=64, dim=16, freeze_last=0), prepare=prepare)
+    state = dict(c=torch.zeros(32).double())
+    def logits(x, f, g, w): return unit(g(f(x))) @ unit(w).T
+    def loss_of(*views):
+        qs = [logits(v, ref.encoder, ref.projector, ref.prototypes.weight)/.1 for v in views]
+        with torch.no_grad(): ks = [logits(v, ref.key_encoder, ref.key_projector, ref.key_prototypes.weight) for v in views[:2]]
+        terms = [-(((k-state['c'])/.04).softmax(1)*q.log_softmax(1)).sum(1).mean()
+                 for a,k in enumerate(ks) for b,q in enumerate(qs) if a!=b]
+        assert len(terms)==6
+        state['ks'] = ks
+        return sum(terms)/6
+    def after_step(i):
+        state['c'] = .9*state['c'] + .1*torch.cat(state['ks']).mean(0)
+        for n in 'encoder','projector','prototypes': move(getattr(ref, f'key_{n}'), getattr(ref, n), rising(.5, i, len(seen)))
+    student = [*ref.encoder.parameters(), *ref.projector.parameters(), ref.prototypes.weight]
+    assert close([s[-1] for s in seen], replay(seen, student, loss_of, after_step), 1e-4)
+    assert close(learn.model.centre[0], state['c'], 1e-4)
+    assert same_weights(learn, ref, 'encoder', 'key_encoder')
+
+@pytest.mark.parametrize('name', tiny)
+def test_nothing_is_lost_by_saving(dls, tmp_path, name):
+    "Saved and loaded, queue, target and centre included, the next losses are the same to the bit"
+    set_seed(3)
+    a = quietly(ssl_learner(dls, small(), tiny[name](), path=tmp_path)); a.save('half_way')
+    b = ssl_learner(dls, small(), tiny[name](), path=tmp_path); b.create_opt(); b.load('half_way')
+    assert next_losses(a)==next_losses(b)
+
+# MoCo v2
+
+def test_mocov2_explains_its_loss_with_its_queue(dls):
+    l = ssl_learner(dls, small(), MoCoV2(K=128)); z,b = torch.randn(2,5,128); p = unit(l.model.projector(z))
+    logits = torch.cat([(p*unit(b)).sum(1, keepdim=True), p@l.model.queue.double().T], 1)/.2
+    assert close(l.ssl.saliency()(z, b), -logits.log_softmax(1)[:,0].sum(), 1e-4)
+
+def test_pictures_take_a_part_of_a_long_queue(dls):
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore'); l = ssl_learner(dls, small(), MoCoV2(K=2000))
+    assert saliency_for_pictures(l.ssl.saliency(), None).negatives.equal(l.model.queue[:1024])
+
+@pytest.mark.parametrize('method', [MoCoV2, Contrast])
+def test_gradients_of_the_saliency_are_each_images_own(dls, method):
+    "It is a sum over images: what stands beside an image in the batch changes nothing"
+    l = ssl_learner(dls, small(), method()); l.yb = (torch.arange(4),)
+    z,key = torch.randn(4,128,requires_grad=True),torch.randn(4,128)
+    g = torch.autograd.grad(l.ssl.saliency()(z, key), z)[0]
+    z2 = torch.cat([z[:1].detach(), torch.randn(3,128)]).requires_grad_()
+    assert close(g[0], torch.autograd.grad(l.ssl.saliency()(z2, key), z2)[0][0])
+
+def test_same_image_is_no_negative(dls):
+    "With every index the same, no negative is left"
+    learn = ssl_learner(dls, small(), MoCoV2(mask_same_image=True))
+    learn.yb = (torch.zeros(4, dtype=torch.long),); learn.model.queue_ids.zero_()
+    assert close(learn.ssl.loss(torch.randn(4,128), torch.randn(4,128)), 0., 1e-6)
+
+def test_queue_moves_with_each_batch_under_gradient_accumulation(dls):
+    "And the key encoder only with a step"
+    class Count(Callback):
+        n = 0
+        def after_step(self): self.n += 1
+    learn = quietly(ssl_learner(dls, small(), MoCoV2(K=192), cbs=[GradientAccumulation(128), Count()]))
+    assert (learn.count.n, learn.model.ptr.item())==(2, 256%192)
+
+def test_queue_shorter_than_a_batch_keeps_the_last_keys():
+    m = MoCoModel(small(), MLPHead(128,128,16), 16, 8)
+    m.enqueue(torch.randn(20,16), torch.arange(20))
+    assert sorted(m.queue_ids.tolist())==list(range(12,20))
+
+def test_queue_before_any_key_has_come():
+    "It holds random unit vectors; keys without an index are nobody's, and no gradient stays with them"
+    m = MoCoModel(small(), MLPHead(128,128,16), 16, 8)
+    assert close(m.queue.norm(dim=1), torch.ones(8))
+    m.queue_ids.zero_(); m.enqueue(torch.randn(3,16, requires_grad=True)*2)
+    assert (m.queue_ids.tolist(), m.queue.requires_grad)==([-1]*3+[0]*5, False)
+
+def test_mocov2_in_bfloat16():
+    m = MoCoModel(small(), MLPHead(128,128,16), 16, 8)
+    with torch.autocast('cpu', torch.bfloat16): out = m(*torch.rand(2,4,3,32,32))
+    assert info_nce(*out, m.queue).isfinite()
+
+def test_one_epoch_fills_the_queue_with_each_image_once(dls):
+    m = quietly(ssl_learner(dls, small(), MoCoV2()), 2).model
+    assert m.ptr.item()==2*256%256
+    assert set(m.queue_ids.tolist())==set(range(256))
+    assert close(m.queue.norm(dim=1), torch.ones(256))
+
+def test_length_of_the_queue(dls):
+    def data(n, bs): return SimpleNamespace(train_ds=range(n), train=SimpleNamespace(bs=bs))
+    built = [len(MoCoV2(dim=2).build(small(), d).queue) for d in (data(200_000, 1), dls, data(100, 64))]
+    assert built==[65536, 256, 64]
+
+def test_queue_longer_than_the_data_set_is_warned_of(dls):
+    with pytest.warns(UserWarning, match='longer than the data set') as w: MoCoV2(K=1024).build(small(), dls)
+    assert len(w)==1
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        for m in MoCoV2(K=1024, mask_same_image=True), MoCoV2(K=256), MoCoV2(): m.build(small(), dls)
+
+def test_keys_are_shuffled_by_default():
+    assert {inspect.signature(o).parameters['shuffle_bn'].default for o in (MoCoV2,MoCoModel)}=={True}
+
+# SimSiam
+
+def test_simsiam_compares_pairs_as_it_compares_views(dls):
+    l = ssl_learner(dls, small(), SimSiam(64,16)); g,h = l.model.projector.eval(),l.model.predictor.eval()
+    a,b,z = torch.randn(3,5,128); out = [torch.randn(5,64) for _ in range(4)]
+    def near(a, b): return -(unit(a)*unit(b)).sum(1)
+    e = l.ssl.saliency()
+    assert close(e(z, out[e.answer]), near(h(g(z)), out[3]).sum(), 1e-4)
+    assert close(l.ssl.pair_loss(a, b), (near(h(g(a)), g(b)) + near(h(g(b)), g(a))).mean()/2, 1e-4)
+    assert close(l.ssl.view_loss(out, z), (near(out[0], g(z)) + near(h(g(z)), out[2])).mean()/2, 1e-4)
+    assert close(e.head(z), h(g(z)), 1e-6)
+    assert close(e.key_head(z), g(z), 1e-6)
+
+def test_heads_of_simsiam(dls):
+    "Three layers, with a batch norm behind the last one too, and two with a bottleneck (SimSiam, section 3)"
+    m = SimSiam(64,16).build(small(), dls)
+    assert [(o.in_features, o.out_features) for o in m.projector if isinstance(o, nn.Linear)]==[(128,64),(64,64),(64,64)]
+    assert [sum(isinstance(l, nn.BatchNorm1d) for l in o) for o in (m.projector, m.predictor)]==[3,1]
+    assert [isinstance(o[-1], nn.BatchNorm1d) for o in (m.projector, m.predictor)]==[True,False]
+    assert [inspect.signature(SimSiam).parameters[o].default for o in ('dim','bottleneck')]==[2048,512]
+
+# BYOL and DINO
+
+def test_byol_pairs_give_the_target_no_gradient(dls):
+    "And the network some; half precision comes out as float32"
+    learn = ssl_learner(dls, small(), BYOL(hidden=64, dim=16)); z1,z2 = torch.randn(2,8,128)
+    learn.ssl.pair_loss(z1, z2).backward()
+    assert {p.grad is None for n,p in learn.model.named_parameters() if n.startswith('key_')}=={True}
+    assert all(p.grad.abs().sum()>0 for p in learn.model.predictor.parameters())
+    with torch.autocast('cpu', torch.bfloat16): assert learn.ssl.loss(*learn.model(*torch.rand(2,8,3,32,32))).dtype==torch.float32
+
+def test_prototypes_stand_still_in_the_first_epoch(dls):
+    learn = ssl_learner(dls, small(), DINO(K=32, n_local=0, hidden=64, dim=16)); w = learn.model.prototypes.weight.detach().clone()
+    quietly(learn, 1, .05); assert learn.model.prototypes.weight.equal(w)
+    quietly(learn, 2, .05); assert not learn.model.prototypes.weight.equal(w)
+
+def test_encoder_of_fixed_size_gets_small_crops_of_that_size(dls):
+    "A teacher learns nothing by gradient; logits and loss are float32 under autocast"
+    learn = ssl_learner(dls, 'timm/test_vit', DINO(K=32, n_local=1, hidden=64, dim=16))
+    assert [v.shape[-1] for v in learn.ssl.views(torch.rand(2,3,32,32))]==[32]*3
+    z1,z2 = torch.randn(2, 8, num_features(learn.model.encoder))
+    learn.ssl.pair_loss(z1, z2).backward()
+    assert {p.grad is None for n,p in learn.model.named_parameters() if n.startswith('key_')}=={True}
+    assert learn.model.prototypes.weight.grad.abs().sum()>0
+    with torch.autocast('cpu', torch.bfloat16): out = learn.model(*torch.rand(3,8,3,32,32)); loss = learn.ssl.loss(*out)
+    assert (out[0].dtype, loss.dtype)==(torch.float32,)*2

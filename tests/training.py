@@ -1,0 +1,47 @@
+"Small networks, and a second implementation of a training to compare with; used by `test_methods.py` and `test_learner.py`"
+import random
+import torch
+from torch import nn
+from fastai.callback.core import Callback
+from fastai.callback.progress import ProgressCallback                       # which brings `no_bar`
+from fastai.torch_core import set_seed
+from fgsynth.nets.encoders import Encoder
+
+def small():
+    "A small network without batch norm, so that float64 and float32 stay close"
+    return Encoder(nn.Sequential(nn.Conv2d(3,8,3,2), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten()), 128)
+
+def unit(x): return x.double()/x.double().norm(dim=-1, keepdim=True)
+
+def close(a, b, tol=1e-5):
+    a,b = [torch.as_tensor(o).detach().double() for o in (a,b)]
+    return a.shape==b.shape and bool(((a-b).abs()<=tol).all())
+
+def quietly(learn, n=1, lr=None, **kw):
+    "A fit without a table"
+    with learn.no_bar(), learn.no_logging(): learn.fit(n, lr, **kw)
+    return learn
+
+def next_losses(learn):
+    "Those of one more epoch, with the same order and the same random numbers each time"
+    set_seed(7); learn.dls.train.rng = random.Random(7)                     # the loader shuffles by its own
+    return quietly(learn, 1, .01).recorder.losses
+
+class KeepViews(Callback):
+    "The views and the loss of each step"
+    order = 1
+    def before_fit(self): self.seen = []
+    def after_loss(self): self.seen.append([v.double() for v in self.learn.xb] + [self.learn.loss.item()])
+
+def replay(seen, params, loss_of, after_step=lambda i: None, lr=.05, wd=1e-4):
+    "The losses of the same steps in a plain PyTorch loop"
+    opt,losses = torch.optim.SGD(params, lr=lr, momentum=.9, weight_decay=wd),[]
+    for i,(*views,_) in enumerate(seen):
+        loss = loss_of(*views); losses.append(loss.item())
+        opt.zero_grad(); loss.backward(); opt.step()
+        with torch.no_grad(): after_step(i)
+    return losses
+
+def move(copy, original, momentum):
+    "One step of an exponential moving average"
+    for p,r in zip(copy.parameters(), original.parameters()): p.mul_(momentum).add_(r, alpha=1-momentum)
