@@ -14,6 +14,7 @@ from fgsynth.evaluate.features import features
 from fgsynth.data.drawing import draw_finches
 from fgsynth.nets.encoders import Encoder
 from fgsynth.nets.heads import MLPHead
+from fgsynth.nets.saliency import Saliency
 from fgsynth.methods.learner import methods
 from fgsynth.methods.mocov2 import MoCoModel, MoCoV2
 from fgsynth.methods.simsiam import SimSiam, SimSiamModel
@@ -39,11 +40,11 @@ def train(method, n, bs, epochs, still=False, bn=False, cbs=None, items=None, va
     if still: dls.train.shuffle = False
     torch.manual_seed(1)
     learn = ssl_learner(dls, net(bn), method, cbs=synth_pairs(decoder_width=8) if cbs is None else cbs, frozen_bn=not bn)
-    with spread(learn): learn.fit(epochs, .05)
+    with processes(learn): learn.fit(epochs, .05)
     return learn
 
 @contextmanager
-def spread(learn):
+def processes(learn):
     "Inside, the learner trains quietly in as many processes as there are"
     with learn.no_bar(), learn.no_logging(), learn.distrib_ctx(sync_bn=False, cpu=True) if world_size>1 else nullcontext(): yield
 
@@ -66,7 +67,7 @@ as_written = dict(no_noise, anchor='rec', residual=False, update='joint')
 def alike(out):
     "Weights of the same training, written to a file"
     res = {}
-    kinds = dict(mocov2=lambda: MoCoV2(K=96, momentum=.9, views=two), contrast=lambda: SSLMethod(views=two), simsiam=lambda: Smooth(views=two))
+    kinds = dict(mocov2=lambda: MoCoV2(K=96, momentum=.9, views=two), contrast=lambda: Contrast(views=two), simsiam=lambda: Smooth(views=two))
     for name,m,cbs in [(n,m,as_written) for n,m in kinds.items()] + [('mocov2, defaults', kinds['mocov2'], no_noise), ('contrast, defaults', kinds['contrast'], no_noise), ('mocov2 alone', kinds['mocov2'], None)]:
         learn = train(m(), 48, 48//world_size, 3, still=True, cbs=[] if cbs is None else synth_pairs(**cbs))
         if world_size>1: assert same_everywhere(learn), name
@@ -75,6 +76,10 @@ def alike(out):
     learn = train(Smooth(views=two), 60, 48//world_size, 2, still=True, valid_pct=.2, cbs=synth_pairs(**as_written))
     res |= {f'with a validation part.{k}':v for k,v in columns(learn).items() if 'valid' in k and k!='valid_feat_std'} # which is of a batch
     if rank()==0: torch.save(res, out)
+
+class Contrast(SSLMethod):
+    "In-batch contrast of projections, which is what a method does that says nothing else"
+    def saliency(self): return Saliency(self.net.projector, kind='in_batch', temperature=self.temperature)
 
 class Smooth(SimSiam):
     "SimSiam with heads that have no batch norm"
@@ -88,7 +93,7 @@ def everything():
     assert torch.equal(s.restore(f(s.images)), f(x)) and not torch.equal(s.images, x)
     assert sorted(gather(s.images)[:,0].tolist())==sorted(gather(x)[:,0].tolist())
     x = torch.randn(4, 2, requires_grad=True); w = torch.arange(4*world()*2.).view(-1, 2)
-    (joined(x)*w).sum().backward(); assert torch.equal(x.grad, world()*w.chunk(world())[rank()])
+    (gather_with_grad(x)*w).sum().backward(); assert torch.equal(x.grad, world()*w.chunk(world())[rank()])
     x = torch.rand(6, 3, 32, 32)*(1+rank())
     for shuffled,frozen in (True,False),(False,False),(True,True):           # batch statistics of other images, where there are any
         m = MoCoModel(net(bn=True), MLPHead(128, 128, 16), 16, 8, frozen, shuffled)
@@ -109,7 +114,7 @@ def everything():
     assert stop.epoch==len(learn.recorder.values)-1<11 and last[1]>=last[0], last
     learn = ssl_learner(ssl_dls(flock(50), size=32, bs=8), net(), cbs=synth_pairs(decoder_width=8))
     for q in learn.model.parameters(): q.data.mul_(1+rank())                 # made without a seed, say
-    with spread(learn): learn.pretrain_decoder(1)
+    with processes(learn): learn.pretrain_decoder(1)
     assert same_everywhere(learn), 'decoders of different encoders'
 
 def measures(out):
@@ -124,9 +129,9 @@ def measures(out):
     if world_size>1: dist.barrier()
     items = Items('flock', data.train[:50], data.train[50:87], data.train_labels[:50], data.train_labels[50:87], data.classes)
     enc = net().to(dev)
-    res = {k:tensor(v) for k,v in evaluate(enc, items, 32, bs=16, spread=True).items()}
-    res['files'] = features(enc, sorted(folder.glob('*.png')), bs=4, size=32, spread=True)
-    res['two'] = features(enc, data.train[:2], spread=True)                   # fewer than processes
+    res = {k:tensor(v) for k,v in evaluate(enc, items, 32, bs=16, distributed=True).items()}
+    res['files'] = features(enc, sorted(folder.glob('*.png')), bs=4, size=32, distributed=True)
+    res['two'] = features(enc, data.train[:2], distributed=True)                   # fewer than processes
     for k,v in res.items(): assert gather(v[None]).eq(v).all(), k
     if world_size>1: # training on files that are decoded on demand: each process takes as many steps, though one meets the unreadable file
         learn = train(MoCoV2(dim=32), 0, 4, 2, items=Items('files', L(sorted(folder.glob('*.png'))), L()))

@@ -24,7 +24,8 @@ def run_folder(tmp_path_factory):
     out = tmp_path_factory.mktemp('run'); torch.manual_seed(0)
     enc = create_encoder('timm/test_byobnet', size=32); d = enc.num_features
     z = features(enc, torch.rand(64, 3, 32, 32))
-    syn = Synthesizer(enc, Decoder(d, 32, 16), MLPHead(d, d, 16), v=torch.nn.functional.normalize(z, dim=1).std(0), unit=z.std(0).mean())
+    syn = Synthesizer(enc, Decoder(d, 32, 16), Saliency(MLPHead(d, d, 16), kind='neg_cosine'),
+                      v=torch.nn.functional.normalize(z, dim=1).std(0), unit=z.std(0).mean())
     syn.save(out/'synth.safetensors')
     torch.save(torch.stack([b.image for b in finches(8, 32, seed=1)]), out/'examples.pt')
     return out

@@ -1,4 +1,4 @@
-"Several processes compute what one does; a training spread by torchrun or accelerate can be taken up by one and back"
+"Several processes compute what one does; a training shared out by torchrun or accelerate can be taken up by one and back"
 import json, os, subprocess, sys, time
 from pathlib import Path
 import pytest, torch
@@ -9,7 +9,7 @@ pytest.importorskip('accelerate')
 here,exe = root/'tests',Path(sys.executable).parent
 env = os.environ | {'OMP_NUM_THREADS':'1', 'PYTHONWARNINGS':'ignore', 'MPLBACKEND':'agg', 'CUDA_VISIBLE_DEVICES':''}
 
-def spread(n, *args, ok=True, by='torchrun', **kw):
+def launch(n, *args, ok=True, by='torchrun', **kw):
     "Run a script in so many processes"
     how = ['-m','torch.distributed.run','--standalone','--nproc_per_node',n] if by=='torchrun' else \
         ['-m','accelerate.commands.accelerate_cli','launch','--multi_gpu','--num_processes',n,'--num_machines',1,'--mixed_precision','no','--dynamo_backend','no','--main_process_port',0] # which starts as many without a GPU, too
@@ -19,7 +19,7 @@ def spread(n, *args, ok=True, by='torchrun', **kw):
 
 def by_ranks(what, n, folder):
     "What a function of ranks.py has written in so many processes"
-    spread(n, here/'ranks.py', what, folder/f'{what}{n}.pt')
+    launch(n, here/'ranks.py', what, folder/f'{what}{n}.pt')
     return torch.load(folder/f'{what}{n}.pt')
 
 @pytest.fixture(scope='module')
@@ -43,7 +43,7 @@ def test_measures_of_shares(alone, n, tmp_path):
 
 def test_every_method(n=3):
     "Random views and noise, images that do not come out even, batch norm: memory and weights are the same everywhere, random numbers are not"
-    said = spread(n, here/'ranks.py', 'everything').stdout
+    said = launch(n, here/'ranks.py', 'everything').stdout
     assert [l.split()[0] for l in said.splitlines() if '{' in l]==['byol','dino','mocov2','mocov2','simclr','simsiam'], said
 
 small = '--size 32 --bs 8 --pretrain_epochs 1 --decoder_width 8 --arch timm/test_byobnet'.split()
@@ -56,7 +56,7 @@ def photos(tmp_path_factory):
     for i,b in enumerate(finches(50, 40, n_species=2, seed=3)): Image.fromarray(b.image.permute(1,2,0).numpy()).save(top/f'{i}.png')
     return top
 
-def train(n, photos, out, *args, **kw): return spread(n, exe/'fgsynth_train', '--data', photos, *small, '--out', out, *args, **kw)
+def train(n, photos, out, *args, **kw): return launch(n, exe/'fgsynth_train', '--data', photos, *small, '--out', out, *args, **kw)
 
 @pytest.mark.parametrize('by', ['torchrun','accelerate'])
 def test_command(by, photos, tmp_path):
@@ -71,9 +71,9 @@ def test_command(by, photos, tmp_path):
 
 def dying(folder, when):
     "A script die.py that is fgsynth_train, and ends in the middle"
-    (folder/'die.py').write_text("import os, signal; from fastai.basics import *; from fgsynth import run; f = run.fit\n"
+    (folder/'die.py').write_text("import os, signal; from fastai.basics import *; from fgsynth.runs import train; fit = train.fit_run\n"
         f"class Die(Callback):\n    order = 99\n    def after_batch(self):\n        {when}\n"
-        "run.fit = lambda l,s,cbs=None: f(l, s, L(cbs)+L(Die()))\nrun.fgsynth_train()")
+        "train.fit_run = lambda l,s,cbs=None: fit(l, s, L(cbs)+L(Die()))\ntrain.fgsynth_train()")
 
 @pytest.mark.parametrize('first,then', [(2,1), (1,2)])
 def test_resume_with_another_number(first, then, photos, tmp_path):
@@ -82,11 +82,11 @@ def test_resume_with_another_number(first, then, photos, tmp_path):
     dying(tmp_path, 'if self.train_iter==3: raise SystemExit(3)')
     args = ['--data', photos, *small, '--epochs', 3, '--out', out, '--save_every', 1]
     def bs(n): return '--bs', 16//n                                          # as many images in all
-    assert spread(first, tmp_path/'die.py', *args, *bs(first), ok=False).returncode
+    assert launch(first, tmp_path/'die.py', *args, *bs(first), ok=False).returncode
     assert 'seconds' not in json.loads((out/'settings.json').read_text())
-    r = spread(then, exe/'fgsynth_train', *args, *bs(first), '--resume', ok=False)
+    r = launch(then, exe/'fgsynth_train', *args, *bs(first), '--resume', ok=False)
     assert r.returncode and f'bs of all processes (16 there, {16*then//first} here)' in r.stderr
-    said = spread(then, exe/'fgsynth_train', *args, *bs(then), '--resume').stdout
+    said = launch(then, exe/'fgsynth_train', *args, *bs(then), '--resume').stdout
     assert 'Going on with the training' in said and 'seconds' in json.loads((out/'settings.json').read_text())
     assert all(v.isfinite().all() for v in load_file(out/'encoder.safetensors').values() if v.is_floating_point())
 
@@ -94,22 +94,24 @@ def test_a_process_that_dies(photos, tmp_path):
     "The others do not wait for it, and a minute later all is over"
     died = tmp_path/'died'
     dying(tmp_path, f"if self.train_iter==2 and rank_distrib()==1: Path({str(died)!r}).touch(); os.kill(os.getpid(), signal.SIGKILL)")
-    r = spread(3, tmp_path/'die.py', '--data', photos, *small, '--epochs', 200, '--out', tmp_path/'run', ok=False)
+    r = launch(3, tmp_path/'die.py', '--data', photos, *small, '--epochs', 200, '--out', tmp_path/'run', ok=False)
     assert r.returncode and 'SIGKILL' in r.stderr and time.time()-died.stat().st_mtime<60
 
 def test_a_process_that_dies_at_the_end(photos, tmp_path):
     "All files of a training and of its measurement are written by then"
-    (tmp_path/'late.py').write_text("import os, sys, time; from fgsynth import run; from fgsynth.distrib import *; w = run.write_report\n"
-        "def late(*a): time.sleep(3); return w(*a)\n"
-        "run.write_report = late; getattr(run, sys.argv.pop(1))()\n"
-        "if run.rank_distrib(): os._exit(3)")
+    (tmp_path/'late.py').write_text("import os, sys, time\n"
+        "from fastai.torch_core import rank_distrib\nfrom fgsynth.runs import measure, train\nwrite = train.write_report\n"
+        "def late(*a): time.sleep(3); return write(*a)\n"
+        "train.write_report = measure.write_report = late\n"
+        "dict(fgsynth_train=train.fgsynth_train, fgsynth_eval=measure.fgsynth_eval)[sys.argv.pop(1)]()\n"
+        "if rank_distrib(): os._exit(3)")
     sets = photos.parent/'sets'
     for i,f in enumerate(sorted(photos.glob('*.png'))):
         to = sets/('test' if i%5==0 else 'train')/f'{i%2}'/f.name; to.parent.mkdir(parents=True, exist_ok=True); to.symlink_to(f)
     out = tmp_path/'run'
-    r = spread(2, tmp_path/'late.py', 'fgsynth_train', '--data', sets, *small, '--epochs', 1, '--out', out, ok=False)
+    r = launch(2, tmp_path/'late.py', 'fgsynth_train', '--data', sets, *small, '--epochs', 1, '--out', out, ok=False)
     assert r.returncode and 'exitcode' in r.stderr and 'seconds' in json.loads((out/'settings.json').read_text())
-    r = spread(2, tmp_path/'late.py', 'fgsynth_eval', out, ok=False)
+    r = launch(2, tmp_path/'late.py', 'fgsynth_eval', out, ok=False)
     assert r.returncode and 'exitcode' in r.stderr and 'linear probe' in (out/'report.html').read_text().lower()
 
 def test_share_smaller_than_a_batch(photos, tmp_path):

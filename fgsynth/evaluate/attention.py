@@ -10,35 +10,45 @@ from copy import deepcopy
 from fastai.basics import *
 from ..core import InputError
 from ..data.images import float_images
-from ..data.folders import note
 from ..nets.encoders import Encoder, eval_mode
+from .features import encoder_device
+
+# %% ../../nbs/evaluate/04_attention.ipynb #4e119ae0
+def _map_of(output, name, n_prefix):
+    "(name, side, leading tokens) of a square map or of tokens that form one, else None"
+    if not isinstance(output, Tensor): return
+    if output.ndim==4 and output.shape[2]==output.shape[3]: return name, output.shape[2], None
+    if output.ndim==3 and 'norm1' in name:
+        side = round((output.shape[1]-n_prefix)**.5)
+        if side**2==output.shape[1]-n_prefix: return name, side, n_prefix
+
+# %% ../../nbs/evaluate/04_attention.ipynb #62fa8b55
+@torch.no_grad()
+def _feature_maps(encoder, size):
+    "`_map_of` of all layers, in the order in which they are computed"
+    found,hooks = [],[]
+    body = encoder.body if isinstance(encoder, Encoder) else encoder
+    n_prefix = getattr(body, 'num_prefix_tokens', 1)
+    def note(name, m, inp, out): found.append(_map_of(out, name, n_prefix))
+    for name,m in encoder.named_modules():
+        if name and not isinstance(m, (nn.ReLU, nn.Dropout, nn.Identity)):
+            hooks.append(m.register_forward_hook(partial(note, name)))
+    with eval_mode(encoder): encoder(torch.zeros(1, 3, size, size, device=encoder_device(encoder)))
+    for h in hooks: h.remove()
+    return [f for f in found if f and f[1]>1]
 
 # %% ../../nbs/evaluate/04_attention.ipynb #11ea2301
 def spatial_layer(
     encoder:nn.Module, # Network that takes (B, 3, size, size)
     size:int, # Image size
-    min_side:int=6, # Fewest cells a side; the deepest map that has them is taken, or the finest there is
-)->tuple: # Name of the module, side of its map, and number of leading tokens that are not cells (None for convolutional maps)
+    min_side:int=6, # Fewest cells a side
+)->tuple: # Name of the module, side of its map, and number of leading tokens that are no cells (None for a CNN)
     "The deepest layer whose output is a map fine enough to show"
-    found,hooks = [],[]
-    def note(name):
-        def f(m, i, o):
-            if not isinstance(o, Tensor): return
-            if o.ndim==4 and o.shape[2]==o.shape[3]: found.append((name, o.shape[2], None))
-            elif o.ndim==3 and 'norm1' in name:
-                pre = getattr(encoder.body if isinstance(encoder, Encoder) else encoder, 'num_prefix_tokens', 1)
-                side = round((o.shape[1]-pre)**.5)
-                if side**2==o.shape[1]-pre: found.append((name, side, pre))
-        return f
-    for n,m in encoder.named_modules():
-        if n and not isinstance(m, (nn.ReLU, nn.Dropout, nn.Identity)): hooks.append(m.register_forward_hook(note(n)))
-    dev = next(encoder.parameters()).device
-    with eval_mode(encoder), torch.no_grad(): encoder(torch.zeros(1, 3, size, size, device=dev))
-    for h in hooks: h.remove()
-    found = [f for f in found if f[1]>1]
-    if not found: raise InputError("This encoder has no feature map that attention could be drawn on.")
-    fine = [f for f in found if f[1]>=min_side]
+    found = _feature_maps(encoder, size)
+    if not found:
+        raise InputError("This encoder has no feature map that attention could be drawn on.")
     tokens = [f for f in found if f[2] is not None]
+    fine = [f for f in found if f[1]>=min_side]
     return tokens[-1] if tokens else fine[-1] if fine else max(found, key=lambda f: f[1])
 
 # %% ../../nbs/evaluate/04_attention.ipynb #5bef6a6f
@@ -47,55 +57,82 @@ class _SameAs:
     def __init__(self, ref): self.ref = ref
     def __call__(self, out): return F.cosine_similarity(out, self.ref, dim=-1).sum()
 
+# %% ../../nbs/evaluate/04_attention.ipynb #63e4c1ff
+def _copy_to_explain(encoder, head):
+    "Encoder and head in one network of their own, whose maps have gradients"
+    net = deepcopy(nn.Sequential(encoder, head or nn.Identity())).eval().requires_grad_(True)
+    for m in net.modules():
+        if isinstance(m, nn.ReLU): m.inplace = False
+    return net
+
+# %% ../../nbs/evaluate/04_attention.ipynb #93529a92
+def _as_map(t, n_prefix):
+    "Tokens (B, T, C) as a map (B, C, side, side); what is a map already, such as that of the patches, stays"
+    if t.ndim==4: return t
+    side = round((t.shape[1]-n_prefix)**.5)
+    return t[:, n_prefix:].transpose(1, 2).reshape(len(t), -1, side, side)
+
 # %% ../../nbs/evaluate/04_attention.ipynb #0eebb83f
 def attention_maps(
     encoder:nn.Module, # f
     x, # Images (B, 3, S, S) in [0, 1]
-    head:nn.Module=None, # Head between features and the embedding that is compared; none: the features themselves
-    layer:str=None, # Name of the module whose output is explained; by default `spatial_layer`
+    head:nn.Module=None, # Head from features to the embedding that is compared; None: the features themselves
+    layer:str=None, # Name of the module whose output is explained; None: `spatial_layer`
     min_side:int=6, # See `spatial_layer`
-    method='GradCAM', # Name of a class of pytorch_grad_cam
-): # (B, S, S) in [0, 1]
+    method:str='GradCAM', # Name of a class of pytorch_grad_cam
+)->Tensor: # (B, S, S) in [0, 1]
     "Where an encoder looks to recognise an image as itself (Fig. 3)"
     import pytorch_grad_cam
-    x = x.as_subclass(Tensor).detach().float().to(next(encoder.parameters()).device)
-    name,_,pre = spatial_layer(encoder, x.shape[-1], min_side)
-    net = deepcopy(nn.Sequential(encoder, head or nn.Identity())).eval().requires_grad_(True)
-    for m in net.modules():
-        if isinstance(m, nn.ReLU): m.inplace = False
-    with torch.no_grad(): refs = net(x.flip(-1))
-    reshape = None
-    if pre is not None:
-        def reshape(t): # tokens as a map; what is a map already, such as that of the patches, stays
-            if t.ndim==4: return t
-            side = round((t.shape[1]-pre)**.5); return t[:, pre:].transpose(1, 2).reshape(len(t), -1, side, side)
-    with torch.enable_grad(), getattr(pytorch_grad_cam, method)(net, [net[0].get_submodule(layer or name)], reshape_transform=reshape) as cam:
-        maps = cam(input_tensor=x, targets=[_SameAs(r) for r in refs])
+    x = x.as_subclass(Tensor).detach().float().to(encoder_device(encoder))
+    name,_,n_prefix = spatial_layer(encoder, x.shape[-1], min_side)
+    net = _copy_to_explain(encoder, head)
+    with torch.no_grad(): mirrored = net(x.flip(-1))
+    reshape = None if n_prefix is None else partial(_as_map, n_prefix=n_prefix)
+    cam = getattr(pytorch_grad_cam, method)(net, [net[0].get_submodule(layer or name)], reshape_transform=reshape)
+    with torch.enable_grad(), cam:
+        maps = cam(input_tensor=x, targets=[_SameAs(ref) for ref in mirrored])
     return torch.as_tensor(maps)
+
+# %% ../../nbs/evaluate/04_attention.ipynb #8861c70b
+def _through_projector(learn, question, *args, **kw):
+    "Call a function of an encoder and a head with the encoder and the projector of a learner"
+    net = get_model(learn.model)
+    return question(net.encoder, *args, head=net.projector, **kw)
 
 # %% ../../nbs/evaluate/04_attention.ipynb #616077fe
 @patch
-def attention_maps(self:Learner, x, **kw):
-    "Attention of the encoder through its projector: see the function of this name"
-    net = get_model(self.model)
-    return attention_maps(net.encoder, x, net.projector, **kw)
+def attention_maps(self:Learner,
+    x, # Images (B, 3, S, S) in [0, 1]
+    **kw, # Passed to the function `attention_maps`: `layer`, `min_side`, `method`
+)->Tensor: # (B, S, S) in [0, 1]
+    "Where the encoder looks, as it is now (Fig. 3)"
+    return _through_projector(self, attention_maps, x, **kw)
+
+# %% ../../nbs/evaluate/04_attention.ipynb #94d08106
+def _maps_and_masks(maps, masks):
+    "Both as float64, without the images whose mask is empty"
+    maps,masks = torch.as_tensor(maps).double().cpu(),torch.as_tensor(masks).bool().cpu()
+    if maps.shape!=masks.shape:
+        raise InputError(f"The attention maps have the shape {tuple(maps.shape)} and the masks {tuple(masks.shape)}: "
+                         "both should be (B, S, S).")
+    marked = masks.flatten(1).any(1)
+    if not marked.any():
+        raise InputError("No mask marks any pixel, so nothing can be said about attention.")
+    return maps[marked], masks[marked].double()
 
 # %% ../../nbs/evaluate/04_attention.ipynb #2ec7cfa8
 def attention_on(
     maps, # Attention (B, S, S) >= 0
     masks, # Boolean (B, S, S): where it should be; images without any such pixel are left out
     tolerance:int=0, # The peak may miss the mask by so many pixels
-)->dict: # 'share' of the attention on the mask, 'pointing': of the peaks, 'area': of the pixels within the tolerance; all in percent
-    "Attention as a number; a map that knows nothing has a share and a pointing of about the area"
-    maps,masks = torch.as_tensor(maps).double().cpu(),torch.as_tensor(masks).bool().cpu()
-    if maps.shape!=masks.shape: raise InputError(f"The attention maps have the shape {tuple(maps.shape)} and the masks {tuple(masks.shape)}: both should be (B, S, S).")
-    ok = masks.flatten(1).any(1)
-    if not ok.any(): raise InputError("No mask marks any pixel, so nothing can be said about attention.")
-    maps,masks = maps[ok],masks[ok].double()
+)->dict: # Percent: 'share' of the attention on the mask, 'pointing' of the peaks, 'area' of the pixels within tolerance
+    "How much attention falls on a mask; a map that knows nothing has a share and a pointing of about the area"
+    maps,masks = _maps_and_masks(maps, masks)
     near = F.max_pool2d(masks, 2*tolerance+1, 1, tolerance)
     share = (maps*masks).sum((1,2))/maps.sum((1,2)).clamp_min(1e-12)
-    hit = near.flatten(1).gather(1, maps.flatten(1).argmax(1, keepdim=True))
-    return {k:100*v.mean().item() for k,v in dict(share=share, pointing=hit, area=near).items()}
+    peak = maps.flatten(1).argmax(1, keepdim=True)
+    pointing = near.flatten(1).gather(1, peak)
+    return {k:100*v.mean().item() for k,v in dict(share=share, pointing=pointing, area=near).items()}
 
 # %% ../../nbs/evaluate/04_attention.ipynb #4a205c2d
 def attention_on_parts(
@@ -109,17 +146,19 @@ def attention_on_parts(
 )->dict: # As `attention_on`
     "How much of an encoder's attention falls on the parts that tell the classes apart"
     masks = getattr(items, f'{split}_masks')
-    if masks is None: raise InputError(f"{items.name} has no masks of the parts that matter: of the built-in data sets only the finches have.")
+    if masks is None:
+        raise InputError(f"{items.name} has no masks of the parts that matter: "
+                         "of the built-in data sets only the finches have.")
     x,good = items.load(split, size)
     x,masks = x[:n],F.interpolate((masks[good][:n,None]>0).float(), size)[:,0]
-    return attention_on(torch.cat([attention_maps(encoder, float_images(o), **kw) for o in x.split(64)]), masks, tolerance)
+    maps = [attention_maps(encoder, float_images(o), **kw) for o in x.split(64)]
+    return attention_on(torch.cat(maps), masks, tolerance)
 
 # %% ../../nbs/evaluate/04_attention.ipynb #8bff995b
 @patch
 def attention_on_parts(self:Learner,
     items, # `Items` with masks, such as the finches
-    **kw, # Passed to the function of this name: split, n, tolerance
+    **kw, # Passed to the function `attention_on_parts`: `split`, `n`, `tolerance`
 )->dict: # As `attention_on`
     "How much of the encoder's attention, through its projector, falls on the parts that tell the classes apart"
-    net = get_model(self.model)
-    return attention_on_parts(net.encoder, items, self.dls.size, head=net.projector, **kw)
+    return _through_projector(self, attention_on_parts, items, self.dls.size, **kw)

@@ -14,29 +14,44 @@ from ..synth.perturb import cam_scores
 from .features import features
 from .probe import fit_probe, top_k
 
+# %% ../../nbs/evaluate/05_shake.ipynb #2c4dcaf4
+def _lowest_half(s): return (s.argsort(-1).argsort(-1) < s.shape[-1]//2).float()
+def _highest_half(s): return (s.argsort(-1, descending=True).argsort(-1) < s.shape[-1]//2).float()
+
+# %% ../../nbs/evaluate/05_shake.ipynb #51e47b5b
+def _class_directions(y, bank, bank_y, generator):
+    "Differences that keep the class and differences that change it, (N, d) each, for images with labels `y`"
+    def rand(n): return torch.randint(n, (1,), generator=generator).item()
+    means = torch.stack([bank[bank_y==c].mean(0) for c in range(int(bank_y.max())+1)])
+    same = [(bank_y==c).nonzero()[:,0] for c in y.tolist()]
+    within = torch.stack([bank[i[rand(len(i))]] for i in same]) - means[y]
+    other = (y + torch.randint(1, len(means), y.shape, generator=generator)) % len(means)
+    return within, means[other] - means[y]
+
 # %% ../../nbs/evaluate/05_shake.ipynb #34800ea2
 def shake_kinds(
     z:Tensor, # (N, d) features to shake
     y:Tensor, # (N,) their labels, for the two kinds that know them
     scores:dict, # By target: unscaled Grad-CAM scores (N, d)
-    v:Tensor, # (d,) spread of each dimension of the normalised features
+    v:Tensor, # (d,) standard deviation of each dimension of the normalised features
     bank:Tensor, # (M, d) features of other images
     bank_y:Tensor, # (M,) their labels
     generator=None, # Source of randomness
 )->dict: # Kind to noise (N, d), each scaled to mean square 1
     "Noise on one half of the dimensions or the other, and on class-preserving and class-changing directions"
-    def rand(n): return torch.randint(n, (1,), generator=generator).item()
-    def half(s, top): return (s.argsort(-1, descending=top).argsort(-1) < s.shape[-1]//2).float()
     e = torch.randn(z.shape, generator=generator)
     kinds = {'random':e}
-    for t,s in scores.items(): kinds.update({f'{t}: lowest half':e*half(s, False), f'{t}: highest half':e*half(s, True)})
-    kinds.update({'variance: lowest half':e*half(v, False), 'variance: highest half':e*half(v, True)})
-    means = torch.stack([bank[bank_y==c].mean(0) for c in range(int(bank_y.max())+1)])
-    same = [(bank_y==c).nonzero()[:,0] for c in y.tolist()]
-    kinds['within class'] = torch.stack([bank[i[rand(len(i))]] for i in same]) - means[y]
-    other = (y + torch.randint(1, len(means), y.shape, generator=generator)) % len(means)
-    kinds['between classes'] = means[other] - means[y]
+    for name,s in {**scores, 'variance':v}.items():
+        kinds[f'{name}: lowest half'] = e*_lowest_half(s)
+        kinds[f'{name}: highest half'] = e*_highest_half(s)
+    kinds['within class'],kinds['between classes'] = _class_directions(y, bank, bank_y, generator)
     return {k:n/n.pow(2).mean().sqrt() for k,n in kinds.items()}
+
+# %% ../../nbs/evaluate/05_shake.ipynb #3101aabf
+def _decoded_change(decoder, z, noise):
+    "Mean squared difference that noise makes in the decoded images"
+    return torch.cat([(decoder(o + e) - decoder(o)).pow(2).mean((1,2,3))
+                      for o,e in zip(z.split(128), noise.split(128))]).mean().item()
 
 # %% ../../nbs/evaluate/05_shake.ipynb #d4459016
 def match_distance(
@@ -47,16 +62,75 @@ def match_distance(
     n:int=128, # Images for the first guess; it is refined on all
 )->float: # Factor for `noise`
     "How much noise makes the decoded images differ by so much"
-    def diff(a, z, noise): return torch.cat([(decoder(o + a*e) - decoder(o)).pow(2).mean((1,2,3)) for o,e in zip(z.split(128), noise.split(128))]).mean().item()
     unit = z.std().item()
     lo,hi = 1e-2*unit,1e2*unit
-    for _ in range(8):                                                       # halve the interval on a log scale
+    for _ in range(8):
         mid = (lo*hi)**.5
-        lo,hi = (mid, hi) if diff(mid, z[:n], noise[:n])<distance else (lo, mid)
+        lo,hi = (mid, hi) if _decoded_change(decoder, z[:n], mid*noise[:n])<distance else (lo, mid)
     a = (lo*hi)**.5
-    for _ in range(4): a *= min(2., max(.5, (distance/max(diff(a, z, noise), 1e-12))**.5)) # the difference grows about like the square of the noise
-    if (d := diff(a, z, noise))<.9*distance: warnings.warn(f"No noise makes the decoded images differ by {distance}, only by {d:.2g}: the decoder draws too little, so train it longer, or ask for less.")
+    for _ in range(4):
+        change = _decoded_change(decoder, z, a*noise)
+        a *= min(2., max(.5, (distance/max(change, 1e-12))**.5))
+    if (change := _decoded_change(decoder, z, a*noise))<.9*distance:
+        warnings.warn(f"No noise makes the decoded images differ by {distance}, only by {change:.2g}: "
+                      "the decoder draws too little, so train it longer, or ask for less.")
     return a
+
+# %% ../../nbs/evaluate/05_shake.ipynb #4fdc06c0
+def _train_on_frozen(learn, pretrain_epochs, head_epochs, head_lr):
+    "Train the decoder and then the heads; the encoder stays as it is"
+    with learn.no_bar(), learn.no_logging(), torch.enable_grad():
+        learn.pretrain_decoder(pretrain_epochs)
+        learn.model.encoder.requires_grad_(False)
+        learn.remove_cbs([learn.synth_pair, learn.perturb, learn.decoder])
+        learn.fit_one_cycle(head_epochs, head_lr)
+    learn.model.eval()
+
+# %% ../../nbs/evaluate/05_shake.ipynb #cf610eed
+def _scores_by_target(learn, z, x):
+    "Grad-CAM scores (N, d) of features of images `x`, unscaled, against one view of each"
+    net,dev = learn.model,next(learn.model.parameters()).device
+    key = net.projector(features(net.encoder, learn.ssl.views(float_images(x))[1]).to(dev))
+    def score(target):
+        q = z.detach().to(dev).requires_grad_()
+        with torch.enable_grad():
+            loss = info_nce(net.projector(q), key, net.queue, learn.ssl.temperature, reduction='sum')
+            return cam_scores(loss, q, target).cpu()
+    return {target:score(target) for target in ('-loss','loss','abs')}
+
+# %% ../../nbs/evaluate/05_shake.ipynb #14ebefc1
+def _parts(masks, size): return F.interpolate(masks[:,None].float(), size)[:,0]>0
+
+# %% ../../nbs/evaluate/05_shake.ipynb #f3d5880a
+class _ClassReader:
+    "Reads the class of shaken features, before and after decoding"
+    def __init__(self, net, z, y, others, other_y, n_classes, mask=None):
+        self.net,self.y,self.mask = net,y,mask
+        self.dev = next(net.parameters()).device
+        self.probe = fit_probe(others, other_y, n_classes)
+        self.probe_drawn = fit_probe(self.look(self.decode(others)), other_y, n_classes)
+        self.rec = self.decode(z)
+        self.f_rec = self.look(self.rec)
+
+    def decode(self, z): return torch.cat([self.net.decoder(o.to(self.dev)).cpu() for o in z.split(128)])
+    def look(self, x): return features(self.net.encoder, x)
+
+# %% ../../nbs/evaluate/05_shake.ipynb #24e9a614
+@patch
+def read(self:_ClassReader, z):
+    "What is left of the class in features, and how the decoded images differ from the reconstructions"
+    pert = self.decode(z)
+    f,change = self.look(pert),(pert-self.rec).pow(2).mean(1)
+    return dict(features=top_k(self.probe(z), self.y), decoded=top_k(self.probe_drawn(f), self.y),
+                cosine=F.cosine_similarity(f, self.f_rec).mean().item(), measured=change.mean().item(),
+                on_parts=self.on_parts(change))
+
+# %% ../../nbs/evaluate/05_shake.ipynb #b0355b6b
+@patch
+def on_parts(self:_ClassReader, change):
+    "How much more a change (N, S, S) falls on the parts than elsewhere"
+    if self.mask is None: return None
+    return (change[self.mask].sum()/change.sum()/self.mask.float().mean()).item()
 
 # %% ../../nbs/evaluate/05_shake.ipynb #6cecff37
 @torch.no_grad()
@@ -64,44 +138,28 @@ def shake_test(
     learn, # From `ssl_learner` with `synth_pairs('random')`, untrained; its encoder stays as it is
     items, # `Items` with labels
     pretrain_epochs:int, # Epochs of the decoder
-    head_epochs:int, # Epochs of the heads, on the frozen encoder
+    head_epochs:int, # Epochs of the heads
     head_lr:float, # Their learning rate
     seed:int=0, # Chooses the images, and draws the noise
     distances:tuple=(.01, .03), # Mean squared differences of the decoded images
     n:int=640, # Training images to shake; the probes are trained on the others
-)->pd.DataFrame: # kind, distance, sigma (noise in units of the features' spread), features, decoded (percent), cosine, on_parts
+)->pd.DataFrame: # kind, distance, sigma (in the features' std), features and decoded (percent), cosine, on_parts
     "What noise of each kind does to the class, in features and in decoded images"
-    size,net = learn.dls.size,learn.model
-    with learn.no_bar(), learn.no_logging(), torch.enable_grad():
-        learn.pretrain_decoder(pretrain_epochs)
-        net.encoder.requires_grad_(False)
-        learn.remove_cbs([learn.synth_pair, learn.perturb, learn.decoder])
-        learn.fit_one_cycle(head_epochs, head_lr)
-    net.eval(); enc,dec,dev = net.encoder,net.decoder,next(net.parameters()).device
-    x,i = items.load('train', size)
-    y = items.train_labels[i]
-    gen = torch.Generator().manual_seed(seed)
-    perm = torch.randperm(len(x), generator=gen); me,rest = perm[:n],perm[n:]
-    z = features(enc, x)
-    def decode(z): return torch.cat([dec(o.to(dev)).cpu() for o in z.split(128)])
-    probe = fit_probe(z[rest], y[rest], len(items.classes))
-    drawn = features(enc, decode(z[rest])); probe_drawn = fit_probe(drawn, y[rest], len(items.classes))
-    key = net.projector(features(enc, learn.ssl.views(float_images(x[me]))[1]).to(dev))
-    scores = {}
-    for t in '-loss','loss','abs':
-        q = z[me].to(dev).requires_grad_()
-        with torch.enable_grad(): scores[t] = cam_scores(info_nce(net.projector(q), key, net.queue, learn.ssl.temperature, reduction='sum'), q, t).cpu()
-    kinds = shake_kinds(z[me], y[me], scores, F.normalize(z, dim=1).std(0), z[rest], y[rest], gen)
-    rec = decode(z[me]); f_rec = features(enc, rec)
-    mask = None if items.train_masks is None else F.interpolate(items.train_masks[i][me][:,None].float(), size)[:,0]>0
-    def row(kind, distance, zs, sigma=0.):
-        pert = decode(zs); f = features(enc, pert); change = (pert-rec).pow(2).mean(1)
-        return dict(kind=kind, distance=distance, sigma=sigma, features=top_k(probe(zs), y[me]), decoded=top_k(probe_drawn(f), y[me]),
-                    cosine=F.cosine_similarity(f, f_rec).mean().item(), measured=change.mean().item(),
-                    on_parts=None if mask is None or not sigma else (change[mask].sum()/change.sum()/mask.float().mean()).item())
-    rows = [row('none', 0., z[me])]
-    for d in distances:
-        for k,e in kinds.items():
-            a = match_distance(dec, z[me].to(dev), e.to(dev), d)
-            rows.append(row(k, d, z[me] + a*e, a/z.std(0).mean().item()))
+    _train_on_frozen(learn, pretrain_epochs, head_epochs, head_lr)
+    net,size = learn.model,learn.dls.size
+    x,good = items.load('train', size)
+    y,z = items.train_labels[good],features(net.encoder, x)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(x), generator=generator)
+    me,rest = order[:n],order[n:]
+    masks = None if items.train_masks is None else _parts(items.train_masks[good][me], size)
+    reader = _ClassReader(net, z[me], y[me], z[rest], y[rest], len(items.classes), masks)
+    scores = _scores_by_target(learn, z[me], x[me])
+    kinds = shake_kinds(z[me], y[me], scores, F.normalize(z, dim=1).std(0), z[rest], y[rest], generator)
+    rows = [dict(kind='none', distance=0., sigma=0.) | reader.read(z[me]) | dict(on_parts=None)]
+    for distance in distances:
+        for kind,noise in kinds.items():
+            a = match_distance(net.decoder, z[me].to(reader.dev), noise.to(reader.dev), distance)
+            sigma = a/z.std(0).mean().item()
+            rows.append(dict(kind=kind, distance=distance, sigma=sigma) | reader.read(z[me] + a*noise))
     return pd.DataFrame(rows)

@@ -1,0 +1,110 @@
+"Where an encoder looks, and what shaking its features does to the class"
+import warnings
+from copy import copy
+import pytest, torch
+from fastai.torch_core import set_seed
+from fastcore.test import test_close as check_close, test_eq as check_eq
+from torch import nn, tensor
+from fgsynth.core import InputError
+from fgsynth.data.datasets import get_dataset
+from fgsynth.data.loaders import ssl_dls
+from fgsynth.evaluate.attention import attention_maps, attention_on, attention_on_parts, spatial_layer
+from fgsynth.evaluate.shake import match_distance, shake_kinds, shake_test
+from fgsynth.methods.learner import ssl_learner
+from fgsynth.methods.mocov2 import MoCoV2
+from fgsynth.nets.encoders import create_encoder
+from fgsynth.synth.callbacks import synth_pairs
+
+@pytest.fixture(scope='module')
+def items(): return get_dataset('finches', n_train=64, n_test=64, size=48)
+
+@pytest.fixture(scope='module')
+def x(items): return items.test[:3].float()/255
+
+@pytest.fixture(scope='module')
+def learn(items):
+    set_seed(0)
+    return ssl_learner(ssl_dls(items, size=48, bs=32), 'timm/test_byobnet')
+
+def test_attention_leaves_the_learner_as_it_was(learn, x):
+    before = {k:v.clone() for k,v in learn.model.state_dict().items() if torch.is_tensor(v)}
+    learn.model.train(); learn.model.zero_grad()
+    m = learn.attention_maps(x)
+    check_eq((m.shape, m.min()>=0, m.max()<=1), ((3,48,48), True, True))
+    assert learn.model.training
+    assert all(p.grad is None for p in learn.model.parameters())
+    for k,v in learn.model.state_dict().items():
+        if torch.is_tensor(v): check_eq(v, before[k])
+
+def test_the_learner_looks_through_its_projector(learn, x):
+    net = learn.model
+    check_eq(learn.attention_maps(x), attention_maps(net.encoder, x, net.projector))
+    assert (learn.attention_maps(x)!=attention_maps(net.encoder, x)).any()
+
+def test_layer_of_a_convolutional_network(): check_eq(spatial_layer(create_encoder('resnet18'), 224)[1], 7)
+
+@pytest.fixture(scope='module')
+def vit(): return create_encoder('vit_tiny_patch16_224', size=64)
+
+def test_layer_of_a_transformer(vit): check_eq(spatial_layer(vit, 64)[1:], (4,1))
+
+@pytest.mark.parametrize('layer', [None, 'body.blocks.5.norm1', 'body.patch_embed.proj'])
+def test_maps_of_a_transformer(vit, layer):
+    check_eq(attention_maps(vit, torch.rand(2,3,64,64), layer=layer).shape, (2,64,64))
+
+def test_a_network_without_maps_is_refused():
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(3*48*48, 4))
+    with pytest.raises(InputError, match='no feature map'): spatial_layer(flat, 48)
+
+def test_attention_in_numbers(items):
+    m = items.test_masks>0
+    even = attention_on(torch.ones(m.shape), m)
+    check_close(even['share'], attention_on(m, m)['area'], 1e-9)           # the share is the area
+
+def test_the_area_grows_with_the_tolerance():
+    mask = torch.zeros(1,9,9); mask[0,4,4] = 1
+    check_close(attention_on(mask, mask, 1)['area'], 100*9/81, 1e-9)
+
+def test_attention_on_nothing_is_refused(items, learn):
+    m,one = items.test_masks>0,torch.ones(1,9,9)
+    with pytest.raises(InputError, match='shape'): attention_on(one, m)
+    with pytest.raises(InputError, match='No mask'): attention_on(one, one*0)
+    bare = copy(items); bare.test_masks = None
+    with pytest.raises(InputError, match='no masks'): learn.attention_on_parts(bare)
+
+def test_attention_on_parts_of_a_learner(learn, items):
+    net = learn.model
+    check_eq(learn.attention_on_parts(items, n=8), attention_on_parts(net.encoder, items, 48, n=8, head=net.projector))
+
+# shake
+
+@pytest.fixture(scope='module')
+def shaken():
+    set_seed(0)
+    items = get_dataset('finches', n_train=200, n_test=64, size=32)
+    learn = ssl_learner(ssl_dls(items, size=32, bs=32), 'timm/test_byobnet', MoCoV2(momentum=.99),
+                        cbs=synth_pairs('random', decoder_width=8))
+    return shake_test(learn, items, pretrain_epochs=1, head_epochs=1, head_lr=.001, distances=(.001,), n=64)
+
+def test_shaking_compares_at_equal_distance(shaken):
+    check_eq(len(shaken), 12)
+    assert (shaken.measured[1:]/.001-1).abs().max()<.02, shaken.measured
+
+def test_only_what_was_shaken_has_a_share_on_the_parts(shaken):
+    check_eq(shaken.on_parts[1:].notna().all(), True)
+    check_eq(shaken.on_parts[:1].isna().all(), True)
+
+def test_each_kind_of_noise_has_the_same_size():
+    torch.manual_seed(0)
+    y,scores = tensor([0,0,1,1,2,2]),{'abs':torch.rand(6,10)}
+    kinds = shake_kinds(torch.rand(6,10), y, scores, torch.rand(10), torch.rand(30,10), torch.arange(30)%3)
+    check_eq(len(kinds), 7)
+    for n in kinds.values(): check_close(n.pow(2).mean(), tensor(1.), 1e-4)
+
+def test_distance_of_an_unlinear_decoder_is_met():
+    torch.manual_seed(0); W,z,e = torch.randn(48,8),torch.randn(300,8),torch.randn(300,8)
+    def decoder(z): return (z@W.T).view(-1,3,4,4).sigmoid()
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        a = match_distance(decoder, z, e, .03)
+    check_close((decoder(z+a*e)-decoder(z)).pow(2).mean().item(), .03, 1e-3)
