@@ -52,7 +52,7 @@ class At(Callback):
 def test_bfloat16(items):
     "Close to float32, and whatever is kept or explained stays float32"
     seen = []
-    def look(l): seen.append([l.synth.s_hat.dtype, l.synth.noise.dtype, l.model.decoder.spread.weight.grad.dtype])
+    def look(l): seen.append([l.synth.s_hat.dtype, l.synth.noise.dtype, l.model.decoder.expand.weight.grad.dtype])
     half,full = make(items, At('after_backward', look), precision='bf16'),make(items)
     fit(half, 2, .01); fit(full, 2, .01)
     assert set(sum(seen, []))=={torch.float32} and len(seen)==8
@@ -69,11 +69,11 @@ def test_float16_with_a_scaler(items):
     fit(half, 2, .01); fit(full, 2, .01)
     assert 0 < (losses(half)-losses(full)).abs().max() < .1
     a,b,start = state(half),state(full),state(make(items))
-    for k in 'encoder.body.0.weight','decoder.spread.weight': assert (a[k]-b[k]).norm() < .1*(b[k]-start[k]).norm(), k # they went the same way
+    for k in 'encoder.body.0.weight','decoder.expand.weight': assert (a[k]-b[k]).norm() < .1*(b[k]-start[k]).norm(), k # they went the same way
     seen = []
     def spoil(l):
-        if l.train_iter==1: l.model.encoder.body[0].weight.grad[0] = l.model.decoder.spread.weight.grad[0] = torch.inf
-    def look(l): seen.append((l.scaler.get_scale(), l.model.encoder.body[0].weight.detach().clone(), l.model.decoder.spread.weight.detach().clone()))
+        if l.train_iter==1: l.model.encoder.body[0].weight.grad[0] = l.model.decoder.expand.weight.grad[0] = torch.inf
+    def look(l): seen.append((l.scaler.get_scale(), l.model.encoder.body[0].weight.detach().clone(), l.model.decoder.expand.weight.detach().clone()))
     learn = fit(make(items, Half(), At('after_backward', spoil), At('after_batch', look)), 1, .01)
     scales,enc,dec = zip(*seen)
     assert scales==(2**10, 2**9, 2**9, 2**9)
@@ -196,7 +196,7 @@ def test_freeze(items):
     learn.freeze(); learn.fit(1, .1)
     now = differ(start, state(learn))
     assert not [k for k in now if k.startswith(('encoder.body.0.','key_encoder.body.0.'))]
-    assert 'encoder.body.1.weight' in now and 'projector.0.weight' in now and 'decoder.spread.weight' in now
+    assert 'encoder.body.1.weight' in now and 'projector.0.weight' in now and 'decoder.expand.weight' in now
 
 def test_loggers(items, monkeypatch, tmp_path):
     "TensorBoard, W&B and CSVLogger get a value for each of our terms, the one in the training table (their packages are stood in for)"
