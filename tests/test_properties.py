@@ -110,7 +110,7 @@ def test_noise_has_the_size_that_is_said(b, m, seed, mode, sc, sv):
     g = torch.Generator().manual_seed(seed)
     s_hat,v = torch.rand(m, generator=g).expand(b, m), torch.rand(m, generator=g)
     mask,v_hat,z = low_variance(v, v.median()),min_max(v),numbers((b,m), seed+1)
-    p = perturb(z, s_hat, v_hat, mask, sc, sv, mode, unit=.5, generator=g)
+    p = perturb(z, s_hat, v_hat, mask, sigma_cam=sc, sigma_var=sv, mode=mode, unit=.5, generator=g)
     std = noise_std(s_hat, v_hat, mask, .5*sc, .5*sv, mode)[0]
     close(p.z - z, p.noise, 1e-4)
     assert ((p.noise.pow(2).mean(0).sqrt() - std).abs() <= 6*std/(2*b)**.5 + 1e-6).all()         # six standard errors

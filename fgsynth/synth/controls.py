@@ -8,43 +8,74 @@ __all__ = ['synth_modes', 'ClassNoise', 'synth_callbacks']
 # %% ../../nbs/synth/04_controls.ipynb #c672d8b6
 from fastai.basics import *
 from ..core import InputError, check_name
-from .perturb import Perturbed
-from .callbacks import DecoderCallback, PerturbCallback, SynthPairCallback, synth_pairs, take
+from .perturb import MODES, Perturbed
+from .callbacks import PerturbCallback, synth_pairs
 
 # %% ../../nbs/synth/04_controls.ipynb #a609c020
 class ClassNoise(PerturbCallback):
-    "Control that looks at the labels: each feature becomes that of another image of its class in the bank, or, with `distance`, goes as far in that direction"
+    "Control that looks at the labels: each feature becomes that of another image of its class"
     name = 'perturb' # it stands in its place
     def before_fit(self):
-        if (y := self.learn.dls.items.train_labels) is None: raise InputError("Noise within the classes needs labels of the training images: choose another kind of noise.")
-        self.labels = y.to(self.learn.dls.device)
+        labels = self.learn.dls.items.train_labels
+        if labels is None:
+            raise InputError("Noise within the classes needs labels of the training images: "
+                             "choose another kind of noise.")
+        self.labels = labels.to(self.learn.dls.device)
 
-    def shake(self, s, z, ids, unit, generator):
-        bank = self.net.bank
-        mates = (self.labels[ids][:,None]==self.labels[bank.ids]) & (bank.ids>=0) & (bank.ids!=ids[:,None])
-        i = torch.where(mates, torch.rand(mates.shape, device=z.device, generator=generator), -1.).argmax(1)
-        e = torch.where(mates.any(1, keepdim=True), bank.feats[i]*bank.norms[i,None] - z, 0.)*bank.gain
-        return Perturbed(z + e, torch.zeros_like(e), torch.zeros_like(e), e)
+# %% ../../nbs/synth/04_controls.ipynb #cb681159
+@patch
+def shake(self:ClassNoise,
+    s, # Not needed here
+    z, # Features (n, d)
+    ids, # Indices (n,) of their images
+    unit, # Not needed here: the bank's `gain` is the share of the way that is gone
+    generator, # Source of randomness
+)->Perturbed: # With zeros for the noise by scores and by variance
+    "Move features towards those of other images of their class"
+    bank = self.net.bank
+    mates = (self.labels[ids][:,None]==self.labels[bank.ids]) & (bank.ids>=0) & (bank.ids!=ids[:,None])
+    i = torch.where(mates, torch.rand(mates.shape, device=z.device, generator=generator), -1.).argmax(1)
+    noise = torch.where(mates.any(1, keepdim=True), bank.feats[i]*bank.norms[i,None] - z, 0.)*bank.gain
+    return Perturbed(z + noise, torch.zeros_like(noise), torch.zeros_like(noise), noise)
+
+# %% ../../nbs/synth/04_controls.ipynb #ea04528f
+def _reconstruction(settings):
+    decoder,_,_ = synth_pairs(**{**settings, 'max_pairs':None})
+    return [decoder]
+
+def _within(settings):
+    decoder,noise,pair = synth_pairs('random', **settings)
+    return [decoder, ClassNoise(max_pairs=noise.max_pairs, distance=noise.distance), pair]
+
+# %% ../../nbs/synth/04_controls.ipynb #eb850e00
+def _clean_twice(x): return x, x
+
+def _without_decoder(settings, augment):
+    *_,pair = synth_pairs(**{**settings, 'pair':_clean_twice, 'augment':augment})
+    return [pair]
 
 # %% ../../nbs/synth/04_controls.ipynb #cf68e3ae
-synth_modes = dict(none='the method alone', both='synthesized pairs, shaken by scores and by variance (the method of the paper)', cam='by scores alone', low_var='by variance alone',
-    random='everywhere alike, with the same energy', reconstruction="the decoder's error alone (weight beta), no pairs",
-    within='control that looks at the labels: pairs shaken towards another image of the class', jitter='control without a decoder: pairs of the clean image in two random colours and blurs', views='control without a decoder: pairs of two more views')
+synth_modes = dict(
+    none='the method alone',
+    both='synthesized pairs, shaken by scores and by variance (the method of the paper)',
+    cam='by scores alone',
+    low_var='by variance alone',
+    random='everywhere alike, with the same energy',
+    reconstruction="the decoder's error alone (weight beta), no pairs",
+    within='control that looks at the labels: pairs shaken towards another image of the class',
+    jitter='control without a decoder: pairs of the clean image in two random colours and blurs',
+    views='control without a decoder: pairs of two more views')
 
 # %% ../../nbs/synth/04_controls.ipynb #f2289528
+_controls = dict(reconstruction=_reconstruction, within=_within,
+                 jitter=partial(_without_decoder, augment='whole'), views=partial(_without_decoder, augment='view'))
+
 def synth_callbacks(
     synth:str, # One of `synth_modes`
-    **kwargs, # Arguments of the three callbacks; each takes those that are its own
+    **kwargs, # Arguments of `synth_pairs`, by name; what a mode has no use for changes nothing
 )->list: # Callbacks for `ssl_learner`
     "What a run adds to the self-supervised method"
     check_name(synth, synth_modes, 'synth mode')
     if synth=='none': return []
-    if synth=='reconstruction': return [take(DecoderCallback, **{**kwargs, 'max_pairs':None})]
-    if synth in ('views','jitter'): return [_without_decoder('view' if synth=='views' else 'whole', **kwargs)]
-    dec,per,pair = synth_pairs('random' if synth=='within' else synth, **kwargs)
-    return [dec, ClassNoise(max_pairs=per.max_pairs, distance=per.distance) if synth=='within' else per, pair]
-
-# %% ../../nbs/synth/04_controls.ipynb #eb850e00
-def _without_decoder(augment, **kwargs):
-    "Pairs of the clean image itself, looked at in two ways"
-    return take(SynthPairCallback, **{**kwargs, 'pair':lambda x: (x, x), 'augment':augment})
+    if synth in MODES: return synth_pairs(synth, **kwargs)
+    return _controls[synth](kwargs)

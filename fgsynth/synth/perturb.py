@@ -10,6 +10,7 @@ __all__ = ['NORMS', 'MODES', 'Perturbed', 'min_max', 'normalize', 'cam_scores', 
 import torch, torch.nn.functional as F
 from collections import namedtuple
 from dataclasses import dataclass
+from fastcore.basics import patch
 from torch import nn, Tensor
 from ..core import InputError, check_name
 
@@ -23,36 +24,49 @@ def min_max(
     return (x - lo) / torch.where(hi > lo, hi - lo, 1.)
 
 # %% ../../nbs/synth/00_perturb.ipynb #3dbc5deb
-NORMS = 'min_max','batch','quantile','log','rank'
+def _over_batch(s): return min_max(s.flatten()).view_as(s)
+
+# %% ../../nbs/synth/00_perturb.ipynb #dfb5d364
+def _of_logarithm(s):
+    mean = s.mean(-1, keepdim=True).clamp_min(torch.finfo(s.dtype).tiny)
+    return min_max(torch.log1p(s / mean))
+
+# %% ../../nbs/synth/00_perturb.ipynb #2b867b58
+def _between_quantiles(s):
+    ends = torch.tensor([.05,.95], dtype=s.dtype, device=s.device)
+    lo,hi = s.quantile(ends, -1, keepdim=True)
+    return min_max(s.clamp(lo, hi))
+
+# %% ../../nbs/synth/00_perturb.ipynb #2e66e1e3
+def _ranks(s):
+    ordered = s.sort(-1).values
+    first,behind = torch.searchsorted(ordered, s).to(s.dtype), torch.searchsorted(ordered, s, right=True)
+    twice = first + behind - 1
+    return torch.where(ordered[...,:1] < ordered[...,-1:], twice/max(1, 2*(s.shape[-1] - 1)), 0.)
 
 # %% ../../nbs/synth/00_perturb.ipynb #f44d9a9f
+_normalizers = dict(min_max=min_max, batch=_over_batch, quantile=_between_quantiles, log=_of_logarithm, rank=_ranks)
+NORMS = tuple(_normalizers)
+
+# %% ../../nbs/synth/00_perturb.ipynb #7fb0d254
 def normalize(
     s, # Scores (B, d) >= 0
     how:str='min_max', # One of `NORMS`; 'min_max' is the paper's (Eq. 4)
 ): # (B, d) from 0 to 1, float32 unless `s` is float64; constant rows 0
     "Scale scores to [0, 1], image by image or, for 'batch', all together"
     check_name(how, NORMS, 'normalisation')
-    s = s if s.dtype==torch.float64 else s.float()
-    if how=='batch': return min_max(s.flatten()).view_as(s)
-    if how=='log': s = torch.log1p(s / s.mean(-1, keepdim=True).clamp_min(torch.finfo(s.dtype).tiny))
-    if how=='quantile':
-        lo,hi = s.quantile(torch.tensor([.05,.95], dtype=s.dtype, device=s.device), -1, keepdim=True)
-        s = s.clamp(lo, hi)
-    if how=='rank':
-        asc = s.sort(-1).values
-        s = torch.searchsorted(asc, s).to(s.dtype) + torch.searchsorted(asc, s, right=True) - 1 # twice the mean rank of equals
-        return torch.where(asc[...,:1]<asc[...,-1:], s/max(1, 2*(s.shape[-1]-1)), 0.)
-    return min_max(s)
+    return _normalizers[how](s if s.dtype==torch.float64 else s.float())
 
 # %% ../../nbs/synth/00_perturb.ipynb #57b9ad11
 def cam_scores(
-    loss, # Scalar: the contrastive loss *summed* over the batch, so that row i of the gradient belongs to image i alone
+    loss, # Scalar: the contrastive loss, summed over the batch
     z, # Features (B, d) that `loss` was computed from; must require a gradient
-    target:str='-loss', # What is explained: '-loss' (what lowers the loss is important), 'loss' (what raises it), 'abs' (either)
+    target:str='-loss', # What matters: what lowers the loss ('-loss'), what raises it ('loss'), or either ('abs')
 ): # Scores (B, d) >= 0, float32, detached
     "Gradient times feature (Eq. 3)"
     check_name(target, ['-loss','loss','abs'], 'Grad-CAM target')
-    if loss.dim(): raise InputError(f"Grad-CAM needs a scalar loss, got shape {tuple(loss.shape)}: sum it over the batch.")
+    if loss.dim():
+        raise InputError(f"Grad-CAM needs a scalar loss, got shape {tuple(loss.shape)}: sum it over the batch.")
     s = torch.autograd.grad(loss, z, retain_graph=True)[0].float() * z.detach().float()
     return s.abs() if target=='abs' else F.relu(-s if target=='-loss' else s)
 
@@ -67,44 +81,54 @@ class FeatureBank(nn.Module):
         self.size,self.d = size,d
         self.register_buffer('feats', torch.zeros(size, d))
         self.register_buffer('norms', torch.zeros(size))
-        self.register_buffer('ids', torch.full((size,), -1))              # indices of their images, -1 where nobody said
-        self.register_buffer('gain', torch.ones(()))                       # of both sigmas, where a distance is held
-        self.register_buffer('count', torch.zeros((), dtype=torch.long))   # vectors ever added
-        self.register_buffer('batches', torch.zeros((), dtype=torch.long)) # batches ever added
-
-    def add(self,
-        z, # Features (B, d), any floating type; of more than M the last M are kept
-        ids=None, # Indices (B,) of their images
-    ):
-        "Replace the oldest entries"
-        n = len(z)
-        z,skip = z.detach().float()[-self.size:], max(0, n - self.size)
-        at = (self.count + skip + torch.arange(len(z), device=self.feats.device)) % self.size
-        self.feats[at],self.norms[at] = F.normalize(z, dim=1),z.norm(dim=1)
-        self.ids[at] = -1 if ids is None else ids[-self.size:]
-        self.count += n
-        self.batches += 1
-        return self
-
-    def _std(self, x):
-        w = (torch.arange(self.size, device=x.device) < self.count).float()[:,None]
-        n = w.sum().clamp_min(1)
-        mean = (x*w).sum(0)/n
-        return (((x - mean)*w).pow(2).sum(0)/n).sqrt()
-
-    def std(self):
-        "v: standard deviation (d,) of each dimension of the normalised features (Eq. 6); zeros for an empty bank"
-        return self._std(self.feats)
-
-    def unit(self):
-        "Mean over dimensions of the standard deviation of the raw features, a scalar: what sigma = 1 means in relative noise"
-        return self._std(self.feats*self.norms[:,None]).mean()
-
-    def ready(self):
-        "Boolean scalar: two batches have been seen, so that the spread means something"
-        return self.batches >= 2
+        self.register_buffer('ids', torch.full((size,), -1))
+        self.register_buffer('gain', torch.ones(()))
+        self.register_buffer('count', torch.zeros((), dtype=torch.long))
+        self.register_buffer('batches', torch.zeros((), dtype=torch.long))
 
     def __len__(self): return min(int(self.count), self.size)
+
+# %% ../../nbs/synth/00_perturb.ipynb #78ade154
+@patch
+def add(self:FeatureBank,
+    z, # Features (B, d), any floating type; of more than M the last M are kept
+    ids=None, # Indices (B,) of their images
+)->FeatureBank: # The bank itself
+    "Replace the oldest entries"
+    n = len(z)
+    z,skip = z.detach().float()[-self.size:], max(0, n - self.size)
+    at = (self.count + skip + torch.arange(len(z), device=self.feats.device)) % self.size
+    self.feats[at],self.norms[at] = F.normalize(z, dim=1),z.norm(dim=1)
+    self.ids[at] = -1 if ids is None else ids[-self.size:]
+    self.count += n
+    self.batches += 1
+    return self
+
+# %% ../../nbs/synth/00_perturb.ipynb #4ae0625f
+@patch
+def _std_of_filled(self:FeatureBank, rows):
+    "Standard deviation (d,) of the filled ones among `rows` (M, d)"
+    filled = (torch.arange(self.size, device=rows.device) < self.count).float()[:,None]
+    n = filled.sum().clamp_min(1)
+    mean = (rows*filled).sum(0)/n
+    return (((rows - mean)*filled).pow(2).sum(0)/n).sqrt()
+
+@patch
+def std(self:FeatureBank)->Tensor: # (d,); zeros for an empty bank
+    "v: standard deviation of each dimension of the normalised features (Eq. 6)"
+    return self._std_of_filled(self.feats)
+
+# %% ../../nbs/synth/00_perturb.ipynb #de04d74f
+@patch
+def unit(self:FeatureBank)->Tensor: # Scalar, in the units of the features
+    "Mean over dimensions of the raw features' standard deviation: what sigma = 1 means in relative noise"
+    return self._std_of_filled(self.feats*self.norms[:,None]).mean()
+
+# %% ../../nbs/synth/00_perturb.ipynb #90d5e326
+@patch
+def ready(self:FeatureBank)->Tensor: # Boolean scalar, on the device
+    "Have two batches been seen, so that the standard deviations mean something?"
+    return self.batches >= 2
 
 # %% ../../nbs/synth/00_perturb.ipynb #75061d80
 def low_variance(
@@ -117,6 +141,8 @@ def low_variance(
 # %% ../../nbs/synth/00_perturb.ipynb #2afdc4bd
 def _randn(shape, like, generator=None):
     return torch.randn(shape, device=like.device, dtype=torch.float32, generator=generator)
+
+# %% ../../nbs/synth/00_perturb.ipynb #a15974e0
 def cam_noise(
     s_hat, # Min-max scores (B, d)
     sigma, # Standard deviation at score 0, in the units of the features: a number, or a tensor that broadcasts
@@ -127,9 +153,9 @@ def cam_noise(
 
 # %% ../../nbs/synth/00_perturb.ipynb #43d3faa4
 def var_noise(
-    v_hat, # Min-max spread of each dimension (d,), or one row per image (B, d)
+    v_hat, # Min-max standard deviation of each dimension (d,), or one row per image (B, d)
     mask, # Boolean (d,): the low-variance dimensions
-    sigma, # Standard deviation at spread 0, in the units of the features
+    sigma, # Standard deviation of the noise at `v_hat` = 0, in the units of the features
     n:int=None, # Number of images, when `v_hat` is (d,) and (n, d) is wanted
     generator=None, # Source of randomness; the global one by default
 ): # Noise (d,), or (n, d), or (B, d); exactly 0 outside the mask
@@ -148,13 +174,11 @@ def random_noise(
 
 # %% ../../nbs/synth/00_perturb.ipynb #dc30cfb9
 MODES = 'both','cam','low_var','random'
-Perturbed = namedtuple('Perturbed', 'z n_cam n_var noise', defaults=[None])
-Perturbed.__doc__ = "What `perturb` returns: the shaken features, the two noises before a mode is chosen, and the noise that was added; all (B, d)"
 
 # %% ../../nbs/synth/00_perturb.ipynb #69f30a8c
 def noise_std(
     s_hat, # Min-max scores (B, d)
-    v_hat, # Min-max spread (d,)
+    v_hat, # Min-max standard deviations (d,) over the bank
     mask, # Boolean (d,): the low-variance dimensions
     sigma_cam, # As in `cam_noise`
     sigma_var, # As in `var_noise`
@@ -170,25 +194,29 @@ def noise_std(
     return std if mode=='both' else std.pow(2).mean(-1, keepdim=True).sqrt().expand_as(cam)
 
 # %% ../../nbs/synth/00_perturb.ipynb #2abc7207
+Perturbed = namedtuple('Perturbed', 'z n_cam n_var noise', defaults=[None])
+
+# %% ../../nbs/synth/00_perturb.ipynb #716ebba2
 def perturb(
     z, # Features (B, d)
     s_hat, # Min-max scores (B, d) (Eq. 4)
-    v_hat, # Min-max spread (d,)
+    v_hat, # Min-max standard deviations (d,) over the bank
     mask, # Boolean (d,): the low-variance dimensions
-    sigma_cam:float=3., # Noise on what the loss does not depend on (Eq. 5), in units of `unit`
-    sigma_var:float=3., # Noise on what hardly varies (Eq. 6), in units of `unit`
+    *,
+    sigma_cam:float, # Noise on what the loss does not depend on (Eq. 5), in units of `unit`
+    sigma_var:float, # Noise on what hardly varies (Eq. 6), in units of `unit`
     mode:str='both', # One of `MODES`
-    unit=1., # What sigma = 1 means in the units of the features: `FeatureBank.unit()` for relative noise, 1 for the paper's absolute noise
+    unit=1., # What sigma = 1 means: `FeatureBank.unit()` for relative noise, 1 for the paper's absolute noise
     generator=None, # Source of randomness; the global one by default
 )->Perturbed:
     "Shake the dimensions that do not matter (section 3.4)"
-    sc,sv = sigma_cam*unit, sigma_var*unit
-    n_cam = cam_noise(s_hat, sc, generator)
-    n_var = var_noise(v_hat, mask, sv, len(z), generator)
+    sigma_cam,sigma_var = sigma_cam*unit, sigma_var*unit
+    n_cam = cam_noise(s_hat, sigma_cam, generator)
+    n_var = var_noise(v_hat, mask, sigma_var, len(z), generator)
     if   mode=='both':    noise = n_cam + n_var
     elif mode=='cam':     noise = n_cam
     elif mode=='low_var': noise = n_var
-    else: noise = random_noise(z, noise_std(s_hat, v_hat, mask, sc, sv, mode), generator)
+    else: noise = random_noise(z, noise_std(s_hat, v_hat, mask, sigma_cam, sigma_var, mode), generator)
     return Perturbed(z + noise.to(z.dtype), n_cam, n_var, noise)
 
 # %% ../../nbs/synth/00_perturb.ipynb #5b542887

@@ -6,13 +6,12 @@
 __all__ = ['Synthesizer']
 
 # %% ../../nbs/synth/03_synthesizer.ipynb #85655976
-import json
+import inspect, json
 from copy import deepcopy
 from dataclasses import replace
-from types import SimpleNamespace
 from safetensors.torch import load_file
 from fastai.basics import *
-from ..core import InputError
+from ..core import InputError, check_name
 from ..files import save_tensors
 from ..data.views import Views
 from ..nets.encoders import create_encoder, eval_mode, read_info
@@ -20,144 +19,201 @@ from ..nets.heads import Prototypes
 from ..nets.decoder import Decoder
 from ..nets.saliency import Saliency, saliency_for_pictures
 from .perturb import Synthesis, cam_scores, low_variance, min_max, noise_std, normalize, perturb
+from .callbacks import PerturbCallback
 
 # %% ../../nbs/synth/03_synthesizer.ipynb #8d636bac
+_noise_settings = 'mode','sigma_cam','sigma_var','tau','target','norm'
+_noise_defaults = {n:inspect.signature(PerturbCallback).parameters[n].default for n in _noise_settings}
+
+# %% ../../nbs/synth/03_synthesizer.ipynb #9b688452
 class Synthesizer(nn.Module):
     "Makes synthesized pairs of given images, repeatably"
+    @delegates(PerturbCallback, but='tau_abs,relative,bank_size,distance,max_pairs')
     def __init__(self,
         encoder:nn.Module, # f
         decoder:nn.Module, # D
         saliency:Saliency, # What Grad-CAM explains, and by which heads
-        v=None, # Standard deviation (d,) of each normalised feature dimension, from a bank
-        unit=1., # Spread of the raw features, from a bank
-        mode='both', sigma_cam=3., sigma_var=3., tau=0.905, target='-loss', # Defaults of `__call__`
-        norm='min_max', # How scores are scaled (`normalize`)
+        v=None, # Standard deviation (d,) of each normalised feature dimension, from a bank; 0 by default
+        unit=1., # What sigma = 1 means in the units of the features, from a bank
+        **kwargs
     ):
         super().__init__()
-        self.encoder,self.decoder,self.saliency,self.norm = encoder,decoder,saliency,norm
-        d = decoder.d
-        self.register_buffer('v', torch.zeros(d) if v is None else v.detach().clone())
+        for k in kwargs: check_name(k, _noise_settings, 'argument of Synthesizer')
+        self.encoder,self.decoder,self.saliency = encoder,decoder,saliency
+        self.register_buffer('v', torch.zeros(decoder.d) if v is None else v.detach().clone())
         self.register_buffer('unit', torch.as_tensor(unit, dtype=torch.float32).clone())
-        self.defaults = dict(mode=mode, sigma_cam=float(sigma_cam), sigma_var=float(sigma_var), tau=float(tau), target=target)
+        noise = _noise_defaults | kwargs
+        self.norm = noise.pop('norm')
+        self.defaults = {k:float(v) if k in ('sigma_cam','sigma_var','tau') else v for k,v in noise.items()}
         self.eval()
 
     @property
     def size(self): return self.decoder.size
 
-    def scores(self, x, z, target='-loss', seed=0):
-        "Min-max Grad-CAM scores (B, d) of images `x` with features `z` against one augmented view of each (Eq. 3 and 4)"
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            with torch.no_grad(): key = self.saliency.key_head(self.encoder(Views(self.size, 1)(x)[0]))
-        z = z.detach().float().requires_grad_()
-        with torch.enable_grad():
-            return normalize(cam_scores(self.saliency(z, key), z, target), self.norm)
+# %% ../../nbs/synth/03_synthesizer.ipynb #3c99e9e8
+def _noise_of(callback, bank):
+    "The noise of the training, from its callback"
+    if callback is None: return {}
+    noise = {n:getattr(callback, n) for n in _noise_settings}
+    return noise | dict(tau=callback.threshold()*bank.d**.5)
 
-    @torch.no_grad()
-    def prepare(self,
-        x, # Clean images (B, 3, size, size) in [0, 1]
-        target=None, # See `PerturbCallback`; None: as in training
-        seed:int=0, # Of the views
-    )->Synthesis: # With x, rec, z, s_hat and z_rec
-        "What the strength of the noise leaves as it is: features, scores, the reconstruction and its features"
-        with eval_mode(self):
-            x = x.as_subclass(Tensor)
-            z = self.encoder(x).float(); rec = self.decoder(z)
-            return Synthesis(x=x, z=z, s_hat=self.scores(x, z, target or self.defaults['target'], seed), rec=rec, z_rec=self.encoder(rec).float())
+def _known_features(bank, most=1024):
+    "Features of other images that a bank holds"
+    if bank is None: return torch.zeros(0, 1)
+    return (bank.feats*bank.norms[:,None])[:min(len(bank), most)]
 
-    def forward(self,
-        x, # Clean images (B, 3, size, size) in [0, 1]
-        mode:str=None, # One of `MODES`; for this and the next four see `PerturbCallback`, None: as in training
-        sigma_cam:float=None, # Strength of the noise by Grad-CAM
-        sigma_var:float=None, # Strength of the noise on low-variance dimensions
-        tau:float=None, # Threshold of low variance in units of 1/sqrt(d)
-        target:str=None, # What Grad-CAM explains
-        seed:int=0, # Of noise and views
-        prepared=None, # What `prepare` returned for the same images, target and seed, if it was called before
-    )->Synthesis: # With x, rec, pert, z, s_hat, noise, std, v, mask, cos (of the decoded images) and tau
-        "Reconstruct and perturb"
-        given = dict(mode=mode, sigma_cam=sigma_cam, sigma_var=sigma_var, tau=tau)
-        p = SimpleNamespace(**{k:self.defaults[k] if v is None else v for k,v in given.items()})
-        s = prepared or self.prepare(x, target, seed)
-        v_hat,mask = min_max(self.v),low_variance(self.v, p.tau/len(self.v)**.5)
-        with eval_mode(self), torch.no_grad():
-            noisy = perturb(s.z, s.s_hat, v_hat, mask, p.sigma_cam, p.sigma_var, p.mode, self.unit, torch.Generator(s.z.device).manual_seed(seed))
-            pert = self.decoder(noisy.z)
-            cos = F.cosine_similarity(s.z_rec, self.encoder(pert).float())
-            std = noise_std(s.s_hat, v_hat, mask, p.sigma_cam, p.sigma_var, p.mode)*self.unit
-        return replace(s, pert=pert, z_pert=noisy.z, n_cam=noisy.n_cam, n_var=noisy.n_var, noise=noisy.noise, std=std, v=self.v, v_hat=v_hat,
-                       mask=mask, cos=cos, tau=p.tau/len(self.v)**.5, unit=self.unit)
-
-    @classmethod
-    def from_learner(cls,
-        learn:Learner, # With `synth_pairs`
-    ):
-        "What a learner with `synth_pairs` has at this moment, copied"
-        net = get_model(learn.model)
-        if not hasattr(net, 'decoder'): raise InputError("This learner has no decoder, so it cannot synthesize pairs: make it with cbs=synth_pairs().")
-        bank,cb = getattr(net, 'bank', None),getattr(learn, 'perturb', None)
-        kw = dict(mode=cb.mode, sigma_cam=cb.sigma_cam, sigma_var=cb.sigma_var, tau=cb.threshold()*bank.d**.5, target=cb.target, norm=cb.norm) if cb else {}
-        unit = 1. if bank is None or cb and not cb.relative else bank.unit()
-        others = torch.zeros(0, 1) if bank is None else (bank.feats*bank.norms[:,None])[:min(len(bank), 1024)]
-        with torch.no_grad(), eval_mode(net): saliency = saliency_for_pictures(learn.ssl.saliency(), others)
-        return deepcopy(cls(net.encoder, net.decoder, saliency, v=None if bank is None else bank.std(), unit=unit, **kw))
-
-    def save(self,
-        path, # File to write, with its suffix
-        **info, # Kept with it, as JSON
-    )->Path: # The file
-        "Write everything to one `.safetensors` file; `info` is there again after `load`"
-        if not (self.encoder.arch and isinstance(self.decoder, Decoder)):
-            raise InputError("Only an encoder made by name and fgsynth's own decoder can be saved: save others as state dicts.")
-        meta = dict(arch=self.encoder.arch, size=self.encoder.size, num_features=self.encoder.num_features, decoder=[getattr(self.decoder, n) for n in ('d','size','width','grid','draw')],
-                    heads={n:_describe(getattr(self.saliency, n)) for n in ('head','key_head')}, norm=self.norm, loss=self.saliency.kind,
-                    temperature=self.saliency.temperature, answer=self.saliency.answer, **self.defaults)
-        sd = {k.removeprefix('saliency.'):v.detach().clone() for k,v in self.state_dict().items()}
-        path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
-        save_tensors(sd, path, {'fgsynth':json.dumps(dict(meta, info=info))})
-        return path
-
-    @classmethod
-    def load(cls,
-        path, # File that `save` wrote
-    ):
-        "Read back what `save` wrote"
-        path = Path(path)
-        if not path.is_file(): raise InputError(f"There is no file {str(path)!r}: a run with synthesized pairs writes it as synth.safetensors.")
-        try:
-            m,sd = read_info(path),load_file(path)
-            heads = [_rebuild(m['heads'][n]) for n in ('head','key_head')]
-        except Exception: raise InputError(f"{str(path)!r} was not written by Synthesizer.save, or is damaged: train the run again.") from None
-        negatives = sd.pop('negatives', None)
-        if negatives is not None and not len(negatives): negatives = None     # as version 0.0.1 wrote it
-        saliency = Saliency(*heads, m['loss'], negatives, m['temperature'], m.get('answer', 1))
-        self = cls(create_encoder(m['arch'], size=m['size']), Decoder(*m['decoder']), saliency, sd['v'], sd['unit'],
-                   **{k:m[k] for k in ('mode','sigma_cam','sigma_var','tau','target','norm') if k in m})
-        own = 'encoder.','decoder.','v','unit'
-        if negatives is not None: sd['negatives'] = negatives
-        self.load_state_dict({k if k.startswith(own) else f'saliency.{k}':v for k,v in sd.items()})
-        self.to(memory_format=torch.channels_last)
-        self.info = m['info']
-        return self.eval()
-
-# %% ../../nbs/synth/03_synthesizer.ipynb #f8f247d7
-def _describe(head):
-    "A head as a list of layers that JSON can hold"
-    def one(m):
-        if isinstance(m, Prototypes): return ['prototypes', m.in_features, m.out_features]
-        if isinstance(m, nn.Linear): return ['linear', m.in_features, m.out_features, m.bias is not None]
-        if isinstance(m, nn.BatchNorm1d): return ['bn', m.num_features, m.affine]
-        if isinstance(m, (nn.ReLU, nn.GELU)): return [type(m).__name__.lower()]
-        raise InputError(f"A head with a {type(m).__name__} cannot be saved: use MLPHead.")
-    return [one(m) for m in head]
-
-# %% ../../nbs/synth/03_synthesizer.ipynb #42bfb9cf
-def _rebuild(desc):
-    make = dict(linear=lambda i,o,b: nn.Linear(i, o, bias=b), bn=lambda n,a: nn.BatchNorm1d(n, affine=a), relu=nn.ReLU, gelu=nn.GELU, prototypes=Prototypes)
-    return nn.Sequential(*[make[k](*args) for k,*args in desc])
+# %% ../../nbs/synth/03_synthesizer.ipynb #e2446a63
+@patch(cls_method=True)
+def from_learner(cls:Synthesizer,
+    learn:Learner, # With `synth_pairs`
+)->Synthesizer:
+    "What a learner with `synth_pairs` has at this moment, copied"
+    net = get_model(learn.model)
+    if not hasattr(net, 'decoder'):
+        raise InputError("This learner has no decoder, so it cannot synthesize pairs: make it with cbs=synth_pairs().")
+    bank,callback = getattr(net, 'bank', None),getattr(learn, 'perturb', None)
+    v,unit = (None, 1.) if bank is None else (bank.std(), bank.unit())
+    if callback and not callback.relative: unit = 1.
+    with torch.no_grad(), eval_mode(net):
+        saliency = saliency_for_pictures(learn.ssl.saliency(), _known_features(bank))
+    return deepcopy(cls(net.encoder, net.decoder, saliency, v, unit, **_noise_of(callback, bank)))
 
 # %% ../../nbs/synth/03_synthesizer.ipynb #98b0bdb9
 @patch
-def synthesizer(self:Learner):
+def synthesizer(self:Learner)->Synthesizer:
     "A `Synthesizer` with this learner's networks as they are now"
     return Synthesizer.from_learner(self)
+
+# %% ../../nbs/synth/03_synthesizer.ipynb #e02b56e4
+@patch
+def scores(self:Synthesizer,
+    x, # Clean images (B, 3, size, size) in [0, 1]
+    z, # Their features (B, d)
+    target:str='-loss', # What Grad-CAM explains, see `PerturbCallback`
+    seed:int=0, # Of the views
+)->Tensor: # (B, d) from 0 to 1
+    "Grad-CAM scores against one augmented view of each image (Eq. 3 and 4)"
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        key = self.saliency.key_head(self.encoder(Views(self.size, 1)(x)[0]))
+    z = z.detach().float().requires_grad_()
+    with torch.enable_grad(): return normalize(cam_scores(self.saliency(z, key), z, target), self.norm)
+
+# %% ../../nbs/synth/03_synthesizer.ipynb #8d2386fe
+@patch
+@torch.no_grad()
+def prepare(self:Synthesizer,
+    x, # Clean images (B, 3, size, size) in [0, 1]
+    target:str=None, # What Grad-CAM explains, see `PerturbCallback`; None: as in training
+    seed:int=0, # Of the views
+)->Synthesis: # With x, rec, z, s_hat and z_rec
+    "What the strength of the noise leaves as it is: features, scores, the reconstruction and its features"
+    with eval_mode(self):
+        x = x.as_subclass(Tensor)
+        z = self.encoder(x).float()
+        rec = self.decoder(z)
+        s_hat = self.scores(x, z, target or self.defaults['target'], seed)
+        return Synthesis(x=x, z=z, s_hat=s_hat, rec=rec, z_rec=self.encoder(rec).float())
+
+# %% ../../nbs/synth/03_synthesizer.ipynb #e49f489a
+@patch
+@torch.no_grad()
+def forward(self:Synthesizer,
+    x, # Clean images (B, 3, size, size) in [0, 1]
+    mode:str=None, # One of `MODES`
+    sigma_cam:float=None, # Strength of the noise by Grad-CAM, in units of `unit`
+    sigma_var:float=None, # Strength of the noise on low-variance dimensions, in units of `unit`
+    tau:float=None, # Threshold of low variance in units of 1/sqrt(d)
+    target:str=None, # What Grad-CAM explains, see `PerturbCallback`
+    seed:int=0, # Of noise and views
+    prepared:Synthesis=None, # What `prepare` returned for the same images, target and seed, if it was called before
+)->Synthesis: # Everything but `pair` and `diff`; `cos` is that of the two decoded images
+    "Reconstruct and perturb"
+    given = dict(mode=mode, sigma_cam=sigma_cam, sigma_var=sigma_var, tau=tau)
+    noise = {k:self.defaults[k] if v is None else v for k,v in given.items()}
+    tau = noise.pop('tau')/len(self.v)**.5
+    s = prepared or self.prepare(x, target, seed)
+    v_hat,mask = min_max(self.v),low_variance(self.v, tau)
+    generator = torch.Generator(s.z.device).manual_seed(seed)
+    with eval_mode(self):
+        noisy = perturb(s.z, s.s_hat, v_hat, mask, **noise, unit=self.unit, generator=generator)
+        pert = self.decoder(noisy.z)
+        cos = F.cosine_similarity(s.z_rec, self.encoder(pert).float())
+    std = noise_std(s.s_hat, v_hat, mask, **noise)*self.unit
+    return replace(s, pert=pert, cos=cos, z_pert=noisy.z, n_cam=noisy.n_cam, n_var=noisy.n_var, noise=noisy.noise,
+                   std=std, v=self.v, v_hat=v_hat, mask=mask, tau=tau, unit=self.unit)
+
+# %% ../../nbs/synth/03_synthesizer.ipynb #f8f247d7
+def _describe_layer(m):
+    "Kind and sizes of a layer"
+    if isinstance(m, Prototypes): return ['prototypes', m.in_features, m.out_features]
+    if isinstance(m, nn.Linear): return ['linear', m.in_features, m.out_features, m.bias is not None]
+    if isinstance(m, nn.BatchNorm1d): return ['bn', m.num_features, m.affine]
+    if isinstance(m, (nn.ReLU, nn.GELU)): return [type(m).__name__.lower()]
+    raise InputError(f"A head with a {type(m).__name__} cannot be saved: use MLPHead.")
+
+# %% ../../nbs/synth/03_synthesizer.ipynb #42bfb9cf
+def _rebuild_head(layers):
+    "The head whose layers `_describe_layer` described"
+    make = dict(linear=lambda i,o,bias: nn.Linear(i, o, bias=bias), relu=nn.ReLU, gelu=nn.GELU,
+                bn=lambda n,affine: nn.BatchNorm1d(n, affine=affine), prototypes=Prototypes)
+    return nn.Sequential(*[make[kind](*sizes) for kind,*sizes in layers])
+
+# %% ../../nbs/synth/03_synthesizer.ipynb #8d00e0a7
+def _metadata(syn):
+    "What is needed to build a `Synthesizer` again, and is not in its state"
+    e,d,s = syn.encoder,syn.decoder,syn.saliency
+    heads = {n:[_describe_layer(m) for m in getattr(s, n)] for n in ('head','key_head')}
+    return dict(arch=e.arch, size=e.size, num_features=e.num_features, decoder=[d.d, d.size, d.width, d.grid, d.draw],
+                heads=heads, norm=syn.norm, loss=s.kind, temperature=s.temperature, answer=s.answer, **syn.defaults)
+
+# %% ../../nbs/synth/03_synthesizer.ipynb #d0e6ae26
+@patch
+def save(self:Synthesizer,
+    path, # File to write, with its suffix
+    **info, # Kept with it, as JSON
+)->Path: # The file
+    "Write everything to one `.safetensors` file; `info` is there again after `load`"
+    if not (self.encoder.arch and isinstance(self.decoder, Decoder)):
+        raise InputError("Only an encoder made by name and fgsynth's own decoder can be saved: "
+                         "save others as state dicts.")
+    state = {k.removeprefix('saliency.'):v.detach().clone() for k,v in self.state_dict().items()}
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_tensors(state, path, {'fgsynth':json.dumps(dict(_metadata(self), info=info))})
+    return path
+
+# %% ../../nbs/synth/03_synthesizer.ipynb #a2cac82c
+def _read(path):
+    "What is in a file that `save` wrote: metadata, state, and the two heads"
+    if not path.is_file():
+        raise InputError(f"There is no file {str(path)!r}: "
+                         "a run with synthesized pairs writes it as synth.safetensors.")
+    try:
+        meta,state = read_info(path),load_file(path)
+        return meta, state, [_rebuild_head(meta['heads'][n]) for n in ('head','key_head')]
+    except Exception:
+        raise InputError(f"{str(path)!r} was not written by Synthesizer.save, or is damaged: "
+                         "train the run again.") from None
+
+# %% ../../nbs/synth/03_synthesizer.ipynb #cb04abb0
+def _load_state(syn, state):
+    "The parts of `saliency` have their own names in a file, without that of the module"
+    own = 'encoder.','decoder.','v','unit'
+    syn.load_state_dict({k if k.startswith(own) else f'saliency.{k}':v for k,v in state.items()})
+
+# %% ../../nbs/synth/03_synthesizer.ipynb #e22bf4b1
+@patch(cls_method=True)
+def load(cls:Synthesizer,
+    path, # File that `save` wrote
+)->Synthesizer: # In evaluation mode, with `info`
+    "Read back what `save` wrote"
+    meta,state,heads = _read(Path(path))
+    if not len(state.get('negatives', [0])): del state['negatives']
+    saliency = Saliency(*heads, meta['loss'], state.get('negatives'), meta['temperature'], meta.get('answer', 1))
+    self = cls(create_encoder(meta['arch'], size=meta['size']), Decoder(*meta['decoder']), saliency,
+               state['v'], state['unit'], **{k:meta[k] for k in _noise_settings if k in meta})
+    _load_state(self, state)
+    self.to(memory_format=torch.channels_last)
+    self.info = meta['info']
+    return self.eval()
