@@ -15,6 +15,7 @@ from .data.finches import *
 from .data.images import *
 from .data.items import *
 from .data.folders import *
+from .data.sources import *
 from .data.readers import *
 from .data.datasets import *
 from .data.loaders import *
@@ -54,12 +55,14 @@ from .evaluate.attention import *
 
 # %% ../nbs/04_all.ipynb #f1fa508c
 from .show.pictures import *
+from .show.page import *
 from .show.explore import *
 
 # %% ../nbs/04_all.ipynb #c463e766
 from .runs.resume import *
 
 # %% ../nbs/04_all.ipynb #f81869cf
+from .own.index import *
 from .own.search import *
 from .own.label import *
 from .own.export import *

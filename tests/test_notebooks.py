@@ -39,7 +39,8 @@ def shown(nb):
         except SyntaxError: last = None # a magic
         value = isinstance(last, ast.Expr) and not source(c).rstrip().endswith(';')
         if value and isinstance(last.value, ast.Call): # a test returns nothing
-            value = not re.match(r'test_|expect_|\w+_close$', ast.unparse(last.value.func))
+            value = not re.match(r'test_|expect_|write_|plt\.close$|\w+_close$|.*\.(unlink|save|mkdir|cleanup)$',
+                                 ast.unparse(last.value.func))
         yield c, d, value
 
 @each_nb

@@ -1,15 +1,15 @@
 """Change one thing at a time in a module and see whether a test notices.
 `mutants.py [MODULE ...]`; a module is called as in `synth.perturb`. The changes are those of cosmic-ray, one
-replacement for each operator; the judges are files of pytest. Everything slow is imported once, and each mutant is tried in a fork.
-What was found is kept in results/mutants/MODULE.json, and only what is missing is run; reasons.json says why survivors
-survive."""
+replacement for each operator; the judges are files of pytest. Everything slow is imported once, and each mutant is
+tried in a fork. What was found is kept in results/mutants/MODULE.json, and only what is missing is run; reasons.json
+says why survivors survive."""
 import argparse, difflib, importlib.util, json, os, random, re, signal, sys, time
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
 os.environ |= dict(OMP_NUM_THREADS='1', MPLBACKEND='agg', PYTHONWARNINGS='ignore', IN_TEST='1')
 root = Path(__file__).resolve().parent.parent
-judges = {'nets.losses':'nets', 'synth.perturb':'perturb', 'evaluate.features':'evaluate', 'evaluate.probe':'evaluate',
+judges = {'nets.losses':'nets', 'nets.saliency':'nets', 'synth.perturb':'perturb', 'evaluate.features':'evaluate', 'evaluate.probe':'evaluate',
           'evaluate.retrieval':'evaluate', 'evaluate.measures':'evaluate', 'methods.base':'methods',
           'methods.mocov2':'methods', 'methods.simsiam':'methods', 'methods.learner':'learner',
           'synth.decoding':'synth', 'synth.callbacks':'synth', 'synth.controls':'synth'}

@@ -8,14 +8,12 @@ __all__ = ['DataCheck', 'check_data', 'fgsynth_data']
 # %% ../../nbs/data/08_check.ipynb #0e1b3c0c
 import argparse, hashlib, io, os, sys, warnings, pandas as pd, torch
 from collections import Counter, namedtuple
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from PIL import Image
-from fastcore.basics import ifnone, patch
-from fastprogress.fastprogress import progress_bar
+from fastcore.basics import patch
 from ..core import InputError
-from .images import decode_image, name_some
-from .readers import SOURCES
+from .images import decode_image, map_threads, name_some
+from .sources import SOURCES
 from .datasets import data_sets, get_dataset, published
 
 # %% ../../nbs/data/08_check.ipynb #51577da9
@@ -38,10 +36,7 @@ def _look(image):
 # %% ../../nbs/data/08_check.ipynb #4a090fc9
 def _look_all(images, progress=None):
     "What each of many images is; they are read in threads"
-    with warnings.catch_warnings(), ThreadPoolExecutor(min(16, torch.get_num_threads()*2)) as pool:
-        warnings.simplefilter('ignore') # what Pillow says about single files
-        looks,shown = pool.map(_look, images),ifnone(progress, len(images)>=2000)
-        return list(progress_bar(looks, total=len(images), leave=False) if shown else looks)
+    return map_threads(_look, images, min(16, torch.get_num_threads()*2), progress)
 
 # %% ../../nbs/data/08_check.ipynb #92c1c3a9
 def _equal_groups(looks):

@@ -12,7 +12,8 @@ from pathlib import Path
 from ..core import InputError, check_name
 from .items import Items
 from .folders import folder_items, warn_user
-from .readers import SOURCES, read_aircraft, read_cars, read_cifar100, read_cub200, read_finches, read_gtsrb
+from .sources import SOURCES
+from .readers import read_aircraft, read_cars, read_cifar100, read_cub200, read_finches, read_gtsrb
 from .readers import read_gtsrb_paper, read_imagenet100, read_isic2017
 
 # %% ../../nbs/data/06_datasets.ipynb #3fcfd6a8

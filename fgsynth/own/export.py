@@ -15,7 +15,7 @@ from ..cli import run_command
 from ..nets.encoders import DepthwiseConv2d, Encoder, load_encoder
 from ..runs.report import read_run
 
-# %% ../../nbs/own/03_export.ipynb #8ab9355e
+# %% ../../nbs/own/03_export.ipynb #8589b770
 def _read_encoder(path):
     "The encoder in a file of `save_encoder`, or in the folder of a run"
     path = Path(path)
@@ -23,7 +23,7 @@ def _read_encoder(path):
     read_run(path)
     return load_encoder(path/'encoder.safetensors')
 
-# %% ../../nbs/own/03_export.ipynb #79e5537d
+# %% ../../nbs/own/03_export.ipynb #84e44dec
 def _copy_encoder(source):
     "A copy of an encoder, or of the one that a learner trains"
     model = getattr(source, 'model', source)
@@ -66,7 +66,7 @@ def _for_export(enc, size):
     "Arguments of both exporters"
     return (enc, (torch.rand(2, 3, size, size),)), dict(dynamic_shapes=({0:torch.export.Dim('batch')},))
 
-# %% ../../nbs/own/03_export.ipynb #fc9d1696
+# %% ../../nbs/own/03_export.ipynb #7b97f224
 def _write_exported(enc, path, size):
     "The network as `torch.export` keeps it"
     args,kw = _for_export(enc, size)
@@ -86,12 +86,12 @@ def _write_onnx(enc, path, size):
     session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
     return lambda x: session.run(None, {'images':x.numpy()})[0]
 
-# %% ../../nbs/own/03_export.ipynb #a555ce81
+# %% ../../nbs/own/03_export.ipynb #e517e291
 formats = dict(state_dict='.safetensors', exported='.pt2', onnx='.onnx')
 _writers = dict(state_dict=_write_state_dict, exported=_write_exported, onnx=_write_onnx)
 _by_suffix = {**{suffix:name for name,suffix in formats.items()}, '.pth':'state_dict', '.pt':'state_dict'}
 
-# %% ../../nbs/own/03_export.ipynb #ecc098c8
+# %% ../../nbs/own/03_export.ipynb #61537be3
 def _choose_format(format, path):
     "The name of a format, by default from what the file's name ends in"
     if format is None and path.suffix not in _by_suffix:
@@ -99,7 +99,7 @@ def _choose_format(format, path):
                          f"or give one.")
     return check_name(format or _by_suffix[path.suffix], formats, 'format')
 
-# %% ../../nbs/own/03_export.ipynb #a732ab42
+# %% ../../nbs/own/03_export.ipynb #45ed202f
 def _choose_size(size, enc, format):
     "Side of the images, by default that of the training"
     size = size or getattr(enc, 'info', {}).get('image_size') or enc.size
