@@ -22,8 +22,8 @@ def py():
     def _f(*args, ok=True, cwd=None, timeout=600):
         env = {k:v for k,v in os.environ.items() if k!='IN_TEST'} | {'PYTHONWARNINGS':'ignore', 'MPLBACKEND':'agg'}
         with tempfile.TemporaryDirectory() as d:
-            r = subprocess.run([str(a) for a in args], cwd=cwd or d, env=env, text=True, capture_output=True, timeout=timeout,
-                               stdin=subprocess.DEVNULL)
+            r = subprocess.run([str(a) for a in args], cwd=cwd or d, env=env, text=True, capture_output=True,
+                               timeout=timeout, stdin=subprocess.DEVNULL)
         if ok: assert r.returncode==0, r.stdout[-2000:] + r.stderr[-4000:]
         return r
     return _f

@@ -4,8 +4,8 @@ at any moment, soon after a checkpoint, or in the middle of writing one."""
 import io, os, random, signal, sys, time, traceback
 from pathlib import Path
 import torch
-from fgsynth import run
 from fgsynth.data.datasets import get_dataset
+from fgsynth.runs import train as training
 
 kinds = ['anytime']*4 + ['after']*8 + ['half written','written','renamed','renamed, old not deleted']*2
 settings = dict(arch='timm/test_byobnet', size=32, bs=32, epochs=6, pretrain_epochs=4, decoder_width=8, save_every=1)
@@ -35,7 +35,7 @@ def start(out, kind=None, n=0):
     try:
         with open(out.with_suffix('.log'), 'a') as f: os.dup2(f.fileno(), 1); os.dup2(f.fileno(), 2)
         if kind: trap(kind, n)
-        run.train(out=str(out), resume=True, **settings)
+        training.train(out=str(out), resume=True, **settings)
         sys.stdout.flush(); os._exit(0)
     except BaseException: traceback.print_exc(); sys.stderr.flush(); os._exit(1)
 
@@ -60,7 +60,7 @@ def kill(out, rng, kind):
 
 def main(top):
     items = get_dataset('finches', n_train=256, n_test=16, size=32)
-    run._items = lambda *args: items
+    training.run_items = lambda *args: items
     code = ended(start(top/'whole')); assert code==0, (top/'whole.log').read_text()[-3000:]
     rng = random.Random(0)
     for kind in rng.sample(kinds, len(kinds)): kill(top/'killed', rng, kind)

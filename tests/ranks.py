@@ -26,7 +26,9 @@ torch.set_num_threads(1)
 
 def net(bn=False):
     torch.manual_seed(0)
-    return Encoder(nn.Sequential(nn.Conv2d(3, 8, 5, 4), nn.BatchNorm2d(8) if bn else nn.Identity(), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten()), 128)
+    norm = nn.BatchNorm2d(8) if bn else nn.Identity()
+    body = nn.Sequential(nn.Conv2d(3, 8, 5, 4), norm, nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten())
+    return Encoder(body, 128)
 
 def flock(n):
     x = draw_finches([i%8 for i in range(n)], 32, seed=5)[0]
@@ -39,18 +41,24 @@ def train(method, n, bs, epochs, still=False, bn=False, cbs=None, items=None, va
     dls = ssl_dls(items or flock(n), size=32, bs=bs, valid_pct=valid_pct, cache='auto' if items is None else False)
     if still: dls.train.shuffle = False
     torch.manual_seed(1)
-    learn = ssl_learner(dls, net(bn), method, cbs=synth_pairs(decoder_width=8) if cbs is None else cbs, frozen_bn=not bn)
+    if cbs is None: cbs = synth_pairs(decoder_width=8)
+    learn = ssl_learner(dls, net(bn), method, cbs=cbs, frozen_bn=not bn)
     with processes(learn): learn.fit(epochs, .05)
     return learn
 
 @contextmanager
 def processes(learn):
     "Inside, the learner trains quietly in as many processes as there are"
-    with learn.no_bar(), learn.no_logging(), learn.distrib_ctx(sync_bn=False, cpu=True) if world_size>1 else nullcontext(): yield
+    together = learn.distrib_ctx(sync_bn=False, cpu=True) if world_size>1 else nullcontext()
+    with learn.no_bar(), learn.no_logging(), together: yield
 
-def state(learn, *leave): return {k:v for k,v in learn.model.state_dict().items() if isinstance(v, Tensor) and not any(o in k for o in leave)}
+def state(learn, *leave):
+    tensors = {k:v for k,v in learn.model.state_dict().items() if isinstance(v, Tensor)}
+    return {k:v for k,v in tensors.items() if not any(o in k for o in leave)}
 
-def columns(learn, epoch=-1): return {k:tensor(v) for k,v in zip(learn.recorder.metric_names[1:], learn.recorder.values[epoch]) if v is not None}
+def columns(learn, epoch=-1):
+    names,values = learn.recorder.metric_names[1:],learn.recorder.values[epoch]
+    return {k:tensor(v) for k,v in zip(names, values) if v is not None}
 
 def same_columns(learn):
     seen = torch.stack([v for i in range(len(learn.recorder.values)) for v in columns(learn, i).values()])
@@ -67,14 +75,21 @@ as_written = dict(no_noise, anchor='rec', residual=False, update='joint')
 def alike(out):
     "Weights of the same training, written to a file"
     res = {}
-    kinds = dict(mocov2=lambda: MoCoV2(K=96, momentum=.9, views=two), contrast=lambda: Contrast(views=two), simsiam=lambda: Smooth(views=two))
-    for name,m,cbs in [(n,m,as_written) for n,m in kinds.items()] + [('mocov2, defaults', kinds['mocov2'], no_noise), ('contrast, defaults', kinds['contrast'], no_noise), ('mocov2 alone', kinds['mocov2'], None)]:
+    kinds = dict(mocov2=lambda: MoCoV2(K=96, momentum=.9, views=two),
+                 contrast=lambda: Contrast(views=two),
+                 simsiam=lambda: Smooth(views=two))
+    runs = [(n,m,as_written) for n,m in kinds.items()]
+    runs += [(f'{n}, defaults', kinds[n], no_noise) for n in ('mocov2','contrast')]
+    runs += [('mocov2 alone', kinds['mocov2'], None)]
+    for name,m,cbs in runs:
         learn = train(m(), 48, 48//world_size, 3, still=True, cbs=[] if cbs is None else synth_pairs(**cbs))
         if world_size>1: assert same_everywhere(learn), name
         res |= {f'{name}.{k}':v for k,v in state(learn, 'bank').items()} # whose length goes by the batch
-        res |= {f'{name}.{k}':v for k,v in columns(learn).items() if k in ('train_loss','ssl_loss','rec_loss','pair_loss')}
+        shared = 'train_loss','ssl_loss','rec_loss','pair_loss'
+        res |= {f'{name}.{k}':v for k,v in columns(learn).items() if k in shared}
     learn = train(Smooth(views=two), 60, 48//world_size, 2, still=True, valid_pct=.2, cbs=synth_pairs(**as_written))
-    res |= {f'with a validation part.{k}':v for k,v in columns(learn).items() if 'valid' in k and k!='valid_feat_std'} # which is of a batch
+    valid = {k:v for k,v in columns(learn).items() if 'valid' in k and k!='valid_feat_std'} # which is of a batch
+    res |= {f'with a validation part.{k}':v for k,v in valid.items()}
     if rank()==0: torch.save(res, out)
 
 class Contrast(SSLMethod):
@@ -88,25 +103,30 @@ class Smooth(SimSiam):
 
 def everything():
     "All methods on real views, with images that do not come out even"
-    if world_size>1: Learner(DataLoaders(device='cpu'), nn.Linear(1,1), loss_func=noop).distrib_ctx(cpu=True).__enter__() # the group
+    if world_size>1: # make the group
+        Learner(DataLoaders(device='cpu'), nn.Linear(1,1), loss_func=noop).distrib_ctx(cpu=True).__enter__()
     s = Shuffle(x := torch.randn(5, 3)+10*rank()); f = lambda o: o*2+1
     assert torch.equal(s.restore(f(s.images)), f(x)) and not torch.equal(s.images, x)
     assert sorted(gather(s.images)[:,0].tolist())==sorted(gather(x)[:,0].tolist())
     x = torch.randn(4, 2, requires_grad=True); w = torch.arange(4*world()*2.).view(-1, 2)
     (gather_with_grad(x)*w).sum().backward(); assert torch.equal(x.grad, world()*w.chunk(world())[rank()])
     x = torch.rand(6, 3, 32, 32)*(1+rank())
-    for shuffled,frozen in (True,False),(False,False),(True,True):           # batch statistics of other images, where there are any
+    for shuffled,frozen in (True,False),(False,False),(True,True): # batch statistics of other images, where there are any
         m = MoCoModel(net(bn=True), MLPHead(128, 128, 16), 16, 8, frozen, shuffled)
-        for training in True,False: assert torch.allclose(m.train(training)(x, x)[1], m.key_projector(m.key_encoder(x)), atol=1e-5)!=(shuffled and not frozen and training)
+        for training in True,False:
+            keys = m.train(training)(x, x)[1]
+            unshuffled = m.key_projector(m.key_encoder(x))
+            assert torch.allclose(keys, unshuffled, atol=1e-5)!=(shuffled and not frozen and training)
+    sizes = dict(dino=dict(hidden=32, dim=16, n_local=2), byol=dict(hidden=32, dim=16))
     for name in sorted(methods):
         for bn in (False,True) if name=='mocov2' else (True,):
-            m = methods[name](**dict(hidden=32, dim=16, n_local=2) if name=='dino' else dict(hidden=32, dim=16) if name=='byol' else dict(dim=32))
-            learn = train(m, 50, 8, 2, bn=bn)
+            learn = train(methods[name](**sizes.get(name, dict(dim=32))), 50, 8, 2, bn=bn)
             assert same_everywhere(learn, 'running_', 'num_batches'), name
             assert not gather(torch.rand(3)).view(world(), 3).diff(dim=0).eq(0).any(), 'every process drew the same'
             assert len(learn.recorder.losses)==2*(-(-50//world())//8), learn.recorder.losses
             same_columns(learn)
-            if rank()==0: print(name, 'batch norm' if bn else 'no batch norm', {k:f'{v:.3f}' for k,v in columns(learn).items()})
+            table = {k:f'{v:.3f}' for k,v in columns(learn).items()}
+            if rank()==0: print(name, 'batch norm' if bn else 'no batch norm', table)
     stop = EarlyStoppingCallback(patience=1)                                 # `valid_loss`, and all must stop together
     learn = train(SimSiam(32, 16), 67, 8, 12, bn=True, valid_pct=.25, cbs=[*synth_pairs(decoder_width=8), stop])
     same_columns(learn)
@@ -127,13 +147,15 @@ def measures(out):
         for i,x in enumerate(data.train[:23]): Image.fromarray(x.permute(1,2,0).numpy()).save(folder/f'{i:02}.png')
         (folder/'07.png').write_bytes(b'not an image')
     if world_size>1: dist.barrier()
-    items = Items('flock', data.train[:50], data.train[50:87], data.train_labels[:50], data.train_labels[50:87], data.classes)
+    x,y = data.train,data.train_labels
+    items = Items('flock', x[:50], x[50:87], y[:50], y[50:87], data.classes)
     enc = net().to(dev)
     res = {k:tensor(v) for k,v in evaluate(enc, items, 32, bs=16, distributed=True).items()}
     res['files'] = features(enc, sorted(folder.glob('*.png')), bs=4, size=32, distributed=True)
     res['two'] = features(enc, data.train[:2], distributed=True)                   # fewer than processes
     for k,v in res.items(): assert gather(v[None]).eq(v).all(), k
-    if world_size>1: # training on files that are decoded on demand: each process takes as many steps, though one meets the unreadable file
+    # training on files that are decoded on demand: each process takes as many steps, though one meets the unreadable file
+    if world_size>1:
         learn = train(MoCoV2(dim=32), 0, 4, 2, items=Items('files', L(sorted(folder.glob('*.png'))), L()))
         assert len(learn.recorder.losses)==2*(-(-23//world_size)//4), learn.recorder.losses
     if rank()==0: torch.save(res, out)

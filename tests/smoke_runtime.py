@@ -1,5 +1,6 @@
-"""Train for one epoch on drawn finches with whatever versions are installed, and without nbdev: what a user's `pip install` gives.
-Run it with `python tests/smoke_runtime.py`; it is no pytest file because it also runs where pytest is absent."""
+"""Train for one epoch on drawn finches with whatever versions are installed, and without nbdev: what a user's
+`pip install` gives. Run it with `python tests/smoke_runtime.py`; it is no pytest file because it also runs where
+pytest is absent."""
 import sys, tempfile
 from pathlib import Path
 import torch, fastai, fastcore
@@ -7,7 +8,7 @@ from fastai.vision.all import *
 from fgsynth.all import *
 
 def main():
-    print(f'python {sys.version.split()[0]}, torch {torch.__version__}, fastai {fastai.__version__}, fastcore {fastcore.__version__}')
+    print(f'python {sys.version.split()[0]}', *[f'{o.__name__} {o.__version__}' for o in (torch, fastai, fastcore)], sep=', ')
     set_seed(0)
     items = get_dataset('finches', n_train=256, n_test=128, size=32)
     for method in (MoCoV2(), SimSiam(), SimCLR(), BYOL(), DINO(n_local=1)):

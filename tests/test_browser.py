@@ -7,20 +7,23 @@ from PIL import Image
 from fgsynth.all import *
 
 sync_api = pytest.importorskip('playwright.sync_api', reason='playwright is not installed')
-chrome = next(filter(None, map(shutil.which, ('chromium','chromium-browser','google-chrome','google-chrome-stable'))), None)
+browsers = 'chromium','chromium-browser','google-chrome','google-chrome-stable'
+chrome = next(filter(None, map(shutil.which, browsers)), None)
 pytestmark = pytest.mark.skipif(chrome is None, reason='there is no Chromium or Chrome here')
 shots = os.environ.get('FGSYNTH_SHOTS') # a folder for screenshots, to be looked at
 
 @pytest.fixture(scope='module')
 def browser():
     with sync_api.sync_playwright() as p:
-        b = p.chromium.launch(executable_path=chrome, args=['--headless','--no-sandbox','--disable-gpu','--disable-background-networking'])
+        args = ['--headless','--no-sandbox','--disable-gpu','--disable-background-networking']
+        b = p.chromium.launch(executable_path=chrome, args=args)
         yield b
         b.close()
 
 @pytest.fixture(scope='module')
 def run_folder(tmp_path_factory):
-    "What a run with synthesized pairs leaves for the explorer: networks as they are made, which is enough to move sliders"
+    """What a run with synthesized pairs leaves for the explorer: networks as they are made, which is enough to move
+    sliders"""
     out = tmp_path_factory.mktemp('run'); torch.manual_seed(0)
     enc = create_encoder('timm/test_byobnet', size=32); d = enc.num_features
     z = features(enc, torch.rand(64, 3, 32, 32))
@@ -31,27 +34,34 @@ def run_folder(tmp_path_factory):
     return out
 
 def shot(page, name):
-    if shots: Path(shots).mkdir(exist_ok=True, parents=True); page.screenshot(path=Path(shots)/f'{name}.png', full_page=True)
+    if not shots: return
+    Path(shots).mkdir(exist_ok=True, parents=True)
+    page.screenshot(path=Path(shots)/f'{name}.png', full_page=True)
 
 def test_page_without_a_kernel(browser, run_folder, tmp_path):
-    "Opened from the disk: sliders by keyboard and mouse move the perturbed images alone, and nothing is fetched from anywhere"
+    """Opened from the disk: sliders by keyboard and mouse move the perturbed images alone, and nothing is fetched from
+    anywhere"""
     f = Explorer.from_run(run_folder).to_html(tmp_path/'a page.html')
     assert f.stat().st_size < 3_000_000
     page = browser.new_page(); asked,errors = [],[]
     page.on('request', lambda r: asked.append(r.url)); page.on('pageerror', lambda e: errors.append(e))
     page.goto(f.as_uri())
-    still,moving = [o.get_attribute('src') for o in page.locator('img:not(.moving)').all()], lambda: page.locator('img.moving').get_attribute('src')
-    slider,says = page.get_by_label('noise (sigma)'), lambda: page.locator('[aria-live]').inner_text()
+    def unmoved(): return [o.get_attribute('src') for o in page.locator('img:not(.moving)').all()]
+    def moving(): return page.locator('img.moving').get_attribute('src')
+    def says(): return page.locator('[aria-live]').inner_text()
+    still,slider = unmoved(),page.get_by_label('noise (sigma)')
     seen,said = [moving()],[says()]
-    page.keyboard.press('Tab'); assert slider.evaluate('o => o===document.activeElement') # the first thing that Tab reaches
+    page.keyboard.press('Tab')
+    assert slider.evaluate('o => o===document.activeElement') # the first thing that Tab reaches
     page.keyboard.press('Home'); seen.append(moving()); said.append(says())
     assert page.locator('output').inner_text()=='0' and '1.00' in said[-1]
     page.keyboard.press('ArrowRight'); seen.append(moving())
-    box = slider.bounding_box(); page.mouse.click(box['x']+box['width']-2, box['y']+box['height']/2); seen.append(moving()); said.append(says())
+    box = slider.bounding_box()
+    page.mouse.click(box['x']+box['width']-2, box['y']+box['height']/2); seen.append(moving()); said.append(says())
     assert page.locator('output').inner_text()=='8'
     page.get_by_label('mode').select_option('random'); seen.append(moving())
     assert len(set(seen))==len(seen) and len(set(said))==len(said)
-    assert still==[o.get_attribute('src') for o in page.locator('img:not(.moving)').all()]
+    assert still==unmoved()
     assert all(o.get_attribute('alt') for o in page.locator('img').all())
     assert page.evaluate("Array.from(document.images).every(o => o.complete && o.naturalWidth>0)")
     assert not errors and not [u for u in asked if not u.startswith(('file:','data:'))]
@@ -61,12 +71,18 @@ def test_page_without_a_kernel(browser, run_folder, tmp_path):
 def lab(folder):
     "A JupyterLab server in `folder`; gives its address"
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
-    env = {k:v for k,v in os.environ.items() if k!='IN_TEST'} | {f'JUPYTER_{k}':str(folder/k.lower()) for k in ('CONFIG_DIR','DATA_DIR','RUNTIME_DIR')} | {'IPYTHONDIR':str(folder/'ipython'), 'JUPYTERLAB_SETTINGS_DIR':str(folder/'settings')}
-    for name,text in {'notebook-extension/tracker':'{"autoStartDefaultKernel": true}', 'apputils-extension/notification':'{"fetchNews": "false"}'}.items(): # or it asks
+    env = {k:v for k,v in os.environ.items() if k!='IN_TEST'}
+    env |= {f'JUPYTER_{k}':str(folder/k.lower()) for k in ('CONFIG_DIR','DATA_DIR','RUNTIME_DIR')}
+    env |= {'IPYTHONDIR':str(folder/'ipython'), 'JUPYTERLAB_SETTINGS_DIR':str(folder/'settings')}
+    choices = {'notebook-extension/tracker':'{"autoStartDefaultKernel": true}',
+               'apputils-extension/notification':'{"fetchNews": "false"}'} # or it asks
+    for name,text in choices.items():
         f = folder/f'settings/@jupyterlab/{name}.jupyterlab-settings'; f.parent.mkdir(parents=True); f.write_text(text)
+    args = ['--no-browser', '--allow-root', '--ServerApp.ip=127.0.0.1', f'--ServerApp.port={port}',
+            '--ServerApp.port_retries=0', '--IdentityProvider.token=', '--LabApp.news_url=',
+            '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate']
     with open(folder/'lab.log', 'w') as log:
-        p = subprocess.Popen([sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', '--ServerApp.ip=127.0.0.1', f'--ServerApp.port={port}', '--ServerApp.port_retries=0',
-                              '--IdentityProvider.token=', '--LabApp.news_url=', '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate'], cwd=folder, env=env, stdout=log, stderr=log)
+        p = subprocess.Popen([sys.executable, '-m', 'jupyterlab', *args], cwd=folder, env=env, stdout=log, stderr=log)
     try:
         for _ in range(240):
             assert p.poll() is None, (folder/'lab.log').read_text()[-3000:]
@@ -76,14 +92,22 @@ def lab(folder):
     finally: p.terminate(); p.wait(30)
 
 def notebook(path, *cells):
-    path.write_text(json.dumps(dict(nbformat=4, nbformat_minor=5, metadata=dict(kernelspec=dict(name='python3', display_name='Python 3', language='python')),
-        cells=[dict(cell_type='code', id=f'c{i}', metadata={}, source=c, outputs=[], execution_count=None) for i,c in enumerate(cells)])))
+    def cell(i, source):
+        return dict(cell_type='code', id=f'c{i}', metadata={}, source=source, outputs=[], execution_count=None)
+    meta = dict(kernelspec=dict(name='python3', display_name='Python 3', language='python'))
+    cells = [cell(i, c) for i,c in enumerate(cells)]
+    path.write_text(json.dumps(dict(nbformat=4, nbformat_minor=5, metadata=meta, cells=cells)))
+
+def cut(png):
+    "A picture of the explorer as an array for each of its rows"
+    return np.split(np.array(Image.open(io.BytesIO(png)).convert('RGB')), len(Explorer.rows))
 
 def rows(page):
     "The picture that the widget shows, cut into its rows by name"
-    b = page.evaluate("""async () => { const r = await fetch(document.querySelector('img.widget-image').src), a = new Uint8Array(await r.arrayBuffer());
+    b = page.evaluate("""async () => {
+        const r = await fetch(document.querySelector('img.widget-image').src), a = new Uint8Array(await r.arrayBuffer());
         let s = ''; for (const o of a) s += String.fromCharCode(o); return btoa(s) }""")
-    return dict(zip(Explorer.rows, np.split(np.array(Image.open(io.BytesIO(base64.b64decode(b))).convert('RGB')), len(Explorer.rows))))
+    return dict(zip(Explorer.rows, cut(base64.b64decode(b))))
 
 def changed(page, before, seconds=30):
     "The rows that differ from `before`, once the picture has come to rest"
@@ -96,7 +120,8 @@ def changed(page, before, seconds=30):
     return set()
 
 def test_jupyterlab(browser, run_folder, tmp_path):
-    "The sigma slider, by keyboard and by mouse, changes the perturbed pictures and not the reconstructed ones; another draw too; reset undoes it all"
+    """The sigma slider, by keyboard and by mouse, changes the perturbed pictures and not the reconstructed ones; another
+    draw too; reset undoes it all"""
     pytest.importorskip('jupyterlab', reason='JupyterLab is not installed')
     notebook(tmp_path/'explore.ipynb', 'from fgsynth.all import *', f'Explorer.from_run({str(run_folder)!r})')
     with lab(tmp_path) as url:
@@ -113,13 +138,16 @@ def test_jupyterlab(browser, run_folder, tmp_path):
         assert changed(page, start)==moves
         before = rows(page)
         box = page.locator('.widget-hslider', has_text='sigma_cam').locator('.noUi-target').bounding_box()
-        page.mouse.move(*handle.evaluate('o => { const r = o.getBoundingClientRect(); return [r.x+r.width/2, r.y+r.height/2] }')); page.mouse.down()
-        page.mouse.move(box['x']+.9*box['width'], box['y']+box['height']/2, steps=20); page.mouse.up() # a burst of moves
+        middle = 'o => { const r = o.getBoundingClientRect(); return [r.x+r.width/2, r.y+r.height/2] }'
+        page.mouse.move(*handle.evaluate(middle)); page.mouse.down()
+        page.mouse.move(box['x']+.9*box['width'], box['y']+box['height']/2, steps=20) # a burst of moves
+        page.mouse.up()
         assert changed(page, before)==moves
         text = page.locator('.widget-hslider', has_text='sigma_cam').locator('.widget-readout').inner_text()
         assert 8 < float(text) < 10
-        here = Explorer.from_run(run_folder); here.widget(); here.controls.sigma_cam.value = float(text) # the last value of the burst is what is shown
-        shown = np.split(np.array(Image.open(io.BytesIO(here.image.value)).convert('RGB')), len(Explorer.rows))[2]
+        here = Explorer.from_run(run_folder); here.widget()
+        here.controls.sigma_cam.value = float(text) # the last value of the burst is what is shown
+        shown = cut(here.image.value)[2]
         assert abs(shown.astype(int) - rows(page)['perturbed']).max() <= 3
         before = rows(page)
         page.get_by_role('button', name='draw again').click()

@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest, torch
 from PIL import Image
 from conftest import call
-from fgsynth import run, table
 from fgsynth.data.finches import finches
+from fgsynth.methods.learner import methods
 from fgsynth.nets.encoders import load_encoder
+from fgsynth.runs.table import read_runs
+from fgsynth.synth.controls import synth_modes
 from fgsynth.synth.perturb import MODES
 
 small = '--size 32 --bs 16 --epochs 1 --pretrain_epochs 1 --decoder_width 8 --arch timm/test_byobnet'.split()
@@ -60,13 +62,15 @@ def test_flat_folder_trains_but_cannot_be_evaluated(photos, tmp_path, monkeypatc
     with pytest.raises(SystemExit) as e: call(monkeypatch, 'fgsynth_eval', tmp_path/'run')
     assert 'no labels' in str(e.value)
 
-@pytest.mark.parametrize('synth,method', [*product(run.synth_modes, ['simsiam','mocov2']), *product(['both'], sorted(set(run.methods)-{'simsiam','mocov2'}))])
+@pytest.mark.parametrize('synth,method', [*product(synth_modes, ['simsiam','mocov2']),
+                                          *product(['both'], sorted(set(methods)-{'simsiam','mocov2'}))])
 def test_every_method_and_mode(synth, method, photos, tmp_path, monkeypatch):
     call(monkeypatch, 'fgsynth_train', '--data', photos, *small, '--method', method, '--synth', synth, '--out', tmp_path/'run')
     assert (tmp_path/'run/synth.safetensors').exists() == (synth in (*MODES, 'within'))
 
 def test_pairs_of_the_paper(photos, tmp_path, monkeypatch):
-    call(monkeypatch, 'fgsynth_train', '--data', photos, *small, '--residual', 0, '--augment', 'none', '--anchor', 'rec', '--norm', 'rank', '--distance', '.01', '--update', 'frozen', '--max_pairs', 8, '--out', tmp_path/'run')
+    pairs = '--residual 0 --augment none --anchor rec --norm rank --distance .01 --update frozen --max_pairs 8'.split()
+    call(monkeypatch, 'fgsynth_train', '--data', photos, *small, *pairs, '--out', tmp_path/'run')
     s = json.loads((tmp_path/'run/settings.json').read_text())
     assert (s['residual'], s['augment'], s['anchor'], s['norm'], s['distance'], s['update'], s['max_pairs']) == (0, 'none', 'rec', 'rank', .01, 'frozen', 8)
 
@@ -88,13 +92,13 @@ def test_preset_and_dry_run(photos, tmp_path, monkeypatch, capsys):
         assert words in str(e.value)
 
 def test_table(photos, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(table.presets['smoke'], 'bs', 16)
+    (tmp_path/'small.toml').write_text('base = "smoke"\nbs = 16\n')
     out = tmp_path/'results/runs.csv'
-    args = ['tau', '--data', photos, '--preset', 'smoke', '--seeds', 1, '--out', out]
+    args = ['tau', '--data', photos, '--preset', tmp_path/'small.toml', '--seeds', 1, '--out', out]
     call(monkeypatch, 'fgsynth_table', *args, '--dry_run')
     assert '3 to do' in capsys.readouterr().out and not out.exists()
     call(monkeypatch, 'fgsynth_table', *args)
-    assert list(table.read_runs(out).tau) == ['0.453','0.905','1.81']
+    assert list(read_runs(out).tau) == ['0.453','0.905','1.81']
     call(monkeypatch, 'fgsynth_table', *args)
     assert '0 to do' in capsys.readouterr().out
     out.write_text('a,b\n1,2\n')
@@ -137,7 +141,7 @@ def test_exit_code_and_no_traceback(tmp_path):
 
 def test_a_warning_is_a_sentence(tmp_path):
     "Without the file and line that Python puts in front; what libraries say about each other is left out"
-    (tmp_path/'odd.py').write_text("import warnings\nfrom fgsynth.run import _cli\ndef f():\n    'Warns'\n"
-        "    warnings.warn('One image is odd.')\n    warnings.warn('old', FutureWarning)\n    warnings.warn('strange', RuntimeWarning)\n_cli(f, 'fgsynth_data')")
+    (tmp_path/'odd.py').write_text("import warnings\nfrom fgsynth.cli import run_command\ndef f():\n    'Warns'\n"
+        "    warnings.warn('One image is odd.')\n    warnings.warn('old', FutureWarning)\n    warnings.warn('strange', RuntimeWarning)\nrun_command(f, 'fgsynth_data')")
     said = subprocess.run([sys.executable, '-W', 'ignore', '-W', 'default::UserWarning', '-W', 'default::RuntimeWarning', tmp_path/'odd.py'], capture_output=True, text=True, check=True).stderr.splitlines()
     assert said[0]=='fgsynth_data: One image is odd.' and said[1].endswith('RuntimeWarning: strange') and not any('old' in l for l in said), said

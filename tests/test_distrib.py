@@ -71,9 +71,10 @@ def test_command(by, photos, tmp_path):
 
 def dying(folder, when):
     "A script die.py that is fgsynth_train, and ends in the middle"
-    (folder/'die.py').write_text("import os, signal; from fastai.basics import *; from fgsynth.runs import train; fit = train.fit_run\n"
+    (folder/'die.py').write_text("import os, signal; from fastai.basics import *; from fgsynth.runs import train as training\n"
+        "f = training.fit_run\n"
         f"class Die(Callback):\n    order = 99\n    def after_batch(self):\n        {when}\n"
-        "train.fit_run = lambda l,s,cbs=None: fit(l, s, L(cbs)+L(Die()))\ntrain.fgsynth_train()")
+        "training.fit_run = lambda l,s,cbs=None: f(l, s, L(cbs)+L(Die()))\ntraining.fgsynth_train()")
 
 @pytest.mark.parametrize('first,then', [(2,1), (1,2)])
 def test_resume_with_another_number(first, then, photos, tmp_path):
@@ -99,11 +100,11 @@ def test_a_process_that_dies(photos, tmp_path):
 
 def test_a_process_that_dies_at_the_end(photos, tmp_path):
     "All files of a training and of its measurement are written by then"
-    (tmp_path/'late.py').write_text("import os, sys, time\n"
-        "from fastai.torch_core import rank_distrib\nfrom fgsynth.runs import measure, train\nwrite = train.write_report\n"
-        "def late(*a): time.sleep(3); return write(*a)\n"
-        "train.write_report = measure.write_report = late\n"
-        "dict(fgsynth_train=train.fgsynth_train, fgsynth_eval=measure.fgsynth_eval)[sys.argv.pop(1)]()\n"
+    (tmp_path/'late.py').write_text("import os, sys, time; from fastai.torch_core import rank_distrib\n"
+        "from fgsynth.runs import measure, train as training; from fgsynth.runs.report import write_report\n"
+        "def late(*a): time.sleep(3); return write_report(*a)\n"
+        "training.write_report = measure.write_report = late; command = sys.argv.pop(1)\n"
+        "getattr(training if command=='fgsynth_train' else measure, command)()\n"
         "if rank_distrib(): os._exit(3)")
     sets = photos.parent/'sets'
     for i,f in enumerate(sorted(photos.glob('*.png'))):

@@ -78,8 +78,18 @@ def test_species_differ_in_two_parts_and_have_two_marks():
 
 # finches
 
-@pytest.mark.parametrize('given,words', [(dict(size=31),'size=31'), (dict(n_species=17),'2 to 16'), (dict(n_species=1),'n_species=1'), (dict(n=0),'n=0'),
-    (dict(seed=-1),'seed=-1: give a whole number of 0 or more'), (dict(seed=2**63),'seed='), (dict(size='big'),"size='big'"), (dict(n=2.5),'n=2.5'), (dict(size=None),'size=None'), (dict(n=float('inf')),'n=inf')])
+@pytest.mark.parametrize('given,words', [
+    (dict(size=31), 'size=31'),
+    (dict(n_species=17), '2 to 16'),
+    (dict(n_species=1), 'n_species=1'),
+    (dict(n=0), 'n=0'),
+    (dict(seed=-1), 'seed=-1: give a whole number of 0 or more'),
+    (dict(seed=2**63), 'seed='),
+    (dict(size='big'), "size='big'"),
+    (dict(n=2.5), 'n=2.5'),
+    (dict(size=None), 'size=None'),
+    (dict(n=float('inf')), 'n=inf'),
+])
 def test_wrong_numbers_are_named_in_the_sentence(given, words):
     with pytest.raises(InputError) as e: finches(**{'n':8, **given})
     assert words in str(e.value)

@@ -48,10 +48,12 @@ def test_saved_tensors_have_the_permissions_of_other_files(tmp_path):
 def test_saved_tensors_need_not_be_contiguous(tmp_path):
     turned = torch.arange(6.).view(2, 3).T
     save_tensors({'w':turned}, tmp_path/'a.safetensors', dict(arch='x'))
-    with safe_open(tmp_path/'a.safetensors', 'pt') as f: assert f.get_tensor('w').equal(turned) and f.metadata()==dict(arch='x')
+    with safe_open(tmp_path/'a.safetensors', 'pt') as f:
+        assert f.get_tensor('w').equal(turned) and f.metadata()==dict(arch='x')
 
 def test_tensors_that_cannot_be_written_are_one_sentence(tmp_path):
-    with pytest.raises(InputError, match='choose another folder'): save_tensors({'w':torch.ones(2)}, tmp_path/'none/a.safetensors', {})
+    with pytest.raises(InputError, match='choose another folder'):
+        save_tensors({'w':torch.ones(2)}, tmp_path/'none/a.safetensors', {})
 
 def test_a_locked_folder_that_cannot_be_written_to_is_one_sentence(tmp_path):
     (tmp_path/'file').touch()
@@ -102,7 +104,8 @@ def draw(
 ):
     "Draw one bird"
     if size<32: raise InputError('The size is too small.')
-    for words,kind in (('One image is odd.', UserWarning), ('old', FutureWarning), ('strange', RuntimeWarning)): warnings.warn(words, kind)
+    for words,kind in (('One image is odd.', UserWarning), ('old', FutureWarning), ('strange', RuntimeWarning)):
+        warnings.warn(words, kind)
     print(bird, size)
 
 @pytest.fixture
@@ -121,7 +124,8 @@ def test_only_what_was_given_is_passed_even_where_it_is_the_default(monkeypatch)
         assert parse_given(draw, 'draw')==want
 
 def test_a_command_calls_its_function(command, capsys):
-    with pytest.warns(UserWarning, match='One image is odd'), pytest.warns(RuntimeWarning): command('Wolf', '--size', '48')
+    with pytest.warns(UserWarning, match='One image is odd'), pytest.warns(RuntimeWarning):
+        command('Wolf', '--size', '48')
     assert capsys.readouterr().out=='Wolf 48\n'
 
 def test_an_input_error_ends_a_command_with_one_sentence(command):
@@ -130,7 +134,8 @@ def test_an_input_error_ends_a_command_with_one_sentence(command):
 
 def test_warnings_of_a_command_are_sentences(command, monkeypatch):
     shown = []
-    monkeypatch.setattr(warnings, '_showwarnmsg_impl', lambda w: shown.append(warnings.formatwarning(w.message, w.category, w.filename, w.lineno)))
+    def show(w): shown.append(warnings.formatwarning(w.message, w.category, w.filename, w.lineno))
+    monkeypatch.setattr(warnings, '_showwarnmsg_impl', show)
     plain = warnings.formatwarning
     command('Wolf')
     assert shown[0]=='draw: One image is odd.\n'

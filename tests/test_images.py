@@ -90,7 +90,8 @@ def files(tmp_path):
 def test_one_warning_names_all_unreadable_files(files, monkeypatch, limit, bad):
     if limit: monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', limit)          # large.jpg has 1,080,000
     with pytest.warns(UserWarning) as said: x,good = load_images(files, 32, num_workers=1, progress=False)
-    assert len(said)==1 and str(said[0].message).startswith(f'{len(bad)} of 4 ') and all(o in str(said[0].message) for o in bad)
+    words = str(said[0].message)
+    assert len(said)==1 and words.startswith(f'{len(bad)} of 4 ') and all(o in words for o in bad)
     assert [files[i].name for i in good]==[f.name for f in files if f.name not in bad] and len(x)==len(good)
 
 def test_no_readable_image_at_all_is_one_sentence(files):

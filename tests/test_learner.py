@@ -87,7 +87,8 @@ class Net(nn.Module):
     passes = []
     def __init__(self): super().__init__(); self.l = nn.Linear(3, 2)
     def forward(self, x):
-        o = self.l(x.mean((2,3))); self.passes.append((x.shape, o.dtype, x.is_contiguous(memory_format=torch.channels_last)))
+        o = self.l(x.mean((2,3)))
+        self.passes.append((x.shape, o.dtype, x.is_contiguous(memory_format=torch.channels_last)))
         return o
 
 @pytest.fixture
@@ -124,7 +125,8 @@ def test_compiled_network_trains_the_same(dls, plain):
 def test_encoder_and_key_encoder_are_compiled(dls, monkeypatch):
     told = []
     monkeypatch.setattr(nn.Module, 'compile', lambda self, **kw: told.append(kw))
-    for kw in dict(compile=True), dict(compile=dict(backend='eager')), dict(compile=False), {}: ssl_learner(dls, 'timm/test_byobnet', **kw)
+    for kw in dict(compile=True), dict(compile=dict(backend='eager')), dict(compile=False), {}:
+        ssl_learner(dls, 'timm/test_byobnet', **kw)
     assert told==[{},{}] + [dict(backend='eager')]*2
 
 # stages and schedules
@@ -135,15 +137,19 @@ def test_learning_rates_rise_from_stage_to_stage(dls):
     quietly(learn, 1, slice(1e-3, 3.2e-2))
     assert close([h['lr'] for h in learn.opt.hypers], [1e-3*2**i for i in range(6)], 1e-6)
     assert [len(g) for g in learn.opt.param_lists]==[0,0,15,15,15,4]
-    assert all(v.equal(was[k]) for k,v in learn.model.key_encoder.state_dict().items() if 'layer1' in k or k.startswith('body.bn1'))
+    now = learn.model.key_encoder.state_dict()
+    assert all(v.equal(was[k]) for k,v in now.items() if 'layer1' in k or k.startswith('body.bn1'))
 
 def test_freeze_to_counts_stages(dls):
     l = ssl_learner(dls, 'resnet18', by_stage=True); l.freeze_to(4)
-    def trains(stage): return any(p.requires_grad for p in l.model.encoder.body.get_submodule(stage).parameters() if p.dim()>1)
+    def trains(stage):
+        ps = l.model.encoder.body.get_submodule(stage).parameters()
+        return any(p.requires_grad for p in ps if p.dim()>1)
     assert [trains(o) for o in ('conv1','layer3','layer4')]==[False,False,True]
 
 def test_all_stages_frozen(dls):
-    assert not any(o.requires_grad for o in ssl_learner(dls, 'timm/test_byobnet', frozen_stages=5).model.encoder.parameters())
+    learn = ssl_learner(dls, 'timm/test_byobnet', frozen_stages=5)
+    assert not any(o.requires_grad for o in learn.model.encoder.parameters())
 
 @pytest.mark.parametrize('n', [-1, 6])
 def test_number_of_stages_that_there_are_not(dls, n):
@@ -204,15 +210,17 @@ def test_usual_tools_of_fastai(items, tmp_path):
 def drawn(learn, **kw):
     "Size of the picture, its labels, and what is in it"
     plt.close('all'); learn.show_batch(**kw); fig = plt.gcf()
-    return [len(fig.axes), *fig.get_size_inches()], {i:a.get_ylabel() for i,a in enumerate(fig.axes) if a.get_ylabel()}, \
-        [a.images[0].get_array() for a in fig.axes]
+    size = [len(fig.axes), *fig.get_size_inches()]
+    names = {i:a.get_ylabel() for i,a in enumerate(fig.axes) if a.get_ylabel()}
+    return size, names, [a.images[0].get_array() for a in fig.axes]
 
 def test_show_batch_has_clean_images_above_their_views(items, dls):
     learn = ssl_learner(dls, small())
     size,names,ims = drawn(learn)
     assert close(size, [18, 6*1.3, 3*1.3])
     assert names=={0:'clean', 6:'view 1', 12:'view 2'}
-    far = [np.abs(items.train.permute(0,2,3,1).numpy()/255-a).max((1,2,3)).min() for a in ims] # from the nearest training image
+    train = items.train.permute(0,2,3,1).numpy()/255
+    far = [np.abs(train-a).max((1,2,3)).min() for a in ims] # from the nearest training image
     assert max(far[:6])<1e-6 and min(far[6:])>.05
     assert close(drawn(learn, max_n=1, figsize=(2,3))[0], [3,2,3])
     plt.close('all')
@@ -232,7 +240,8 @@ class Break(Callback):
 
 def plain_fit(*cbs, n=1):
     "A learner that has nothing of ours but the callback"
-    x = torch.randn(64, 5); dls = DataLoaders.from_dsets([(a,a.sum()) for a in x], [], bs=8, device='cpu', drop_last=True)
+    x = torch.randn(64, 5)
+    dls = DataLoaders.from_dsets([(a,a.sum()) for a in x], [], bs=8, device='cpu', drop_last=True)
     net = nn.Sequential(nn.Linear(5,4), nn.ReLU(), nn.Linear(4,1), nn.Flatten(0))
     return quietly(Learner(dls, net, loss_func=MSELossFlat(), lr=.01, cbs=[HealthCallback(), *cbs]), n)
 
@@ -249,9 +258,10 @@ def images(learn): learn.xb[0].mul_(nan)
     ('2.weight was not finite at step 2 .epoch 0.', Break(weight), 1),
     ('0.bias was not finite at step 11 .epoch 1.', Break(bias, 11), 2),
     ('the batch of images was not finite at step 5', Break(images, 5), 1),
-    ('was not finite at step 4', Break(grow, 3), 1),                         # the step makes the weights infinite, and the next one meets them
-    ('was not finite at step 8', Break(grow, 7), 1),                         # in the last step, which no other follows
-    ('the gradient of 2.bias was not finite at step 0', Root(), 1)], ids=['weight','bias','images','step','last step','gradient'])
+    ('was not finite at step 4', Break(grow, 3), 1), # the step makes the weights infinite, and the next one meets them
+    ('was not finite at step 8', Break(grow, 7), 1), # in the last step, which no other follows
+    ('the gradient of 2.bias was not finite at step 0', Root(), 1),
+], ids=['weight','bias','images','step','last step','gradient'])
 def test_first_thing_that_is_not_finite_is_named(words, cb, n):
     with pytest.raises(InputError, match=words): plain_fit(cb, n=n)
 
@@ -263,7 +273,11 @@ def ssl_weight(l): l.model.encoder.body.stem.conv.weight.data[3] = nan
 def ssl_queue(l): l.model.queue[7,9] = nan
 def ssl_image(l): l.xb[0][2,0,5,5] = nan
 
-@pytest.mark.parametrize('f,name', [(ssl_weight,'encoder.body.stem.conv.weight'), (ssl_queue,'queue'), (ssl_image,'the batch of images')])
+@pytest.mark.parametrize('f,name', [
+    (ssl_weight, 'encoder.body.stem.conv.weight'),
+    (ssl_queue, 'queue'),
+    (ssl_image, 'the batch of images'),
+])
 def test_what_is_not_finite_is_named_in_a_self_supervised_run(dls, f, name):
     with pytest.raises(InputError, match=f'{name} was not finite at step 4 .epoch 1.'):
         quietly(ssl_learner(dls, 'timm/test_byobnet', cbs=Break(f, 4)), 2, .03)
@@ -276,7 +290,8 @@ class Same(nn.Module):
 def warned(dls, arch, patience):
     with warnings.catch_warnings(record=True) as w:
         warnings.simplefilter('always')
-        quietly(ssl_learner(dls, arch, SimSiam(64,16), health=False, cbs=HealthCallback(every=4, patience=patience)), 3, .01)
+        health = HealthCallback(every=4, patience=patience)
+        quietly(ssl_learner(dls, arch, SimSiam(64,16), health=False, cbs=health), 3, .01)
     return ['collapsed: for 8 steps' in str(o.message) for o in w]
 
 def test_collapse_is_warned_of_once(dls):

@@ -36,8 +36,8 @@ class Contrast(SSLMethod):
     "The base class, which says how its loss is explained"
     def saliency(self): return Saliency(self.net.projector, kind='in_batch', temperature=self.temperature)
 
-tiny = dict(mocov2=lambda: MoCoV2(K=128), simsiam=lambda: SimSiam(64,16), simclr=lambda: SimCLR(), byol=lambda: BYOL(hidden=64, dim=16),
-            dino=lambda: DINO(K=32, n_local=1, hidden=64, dim=16))
+tiny = dict(mocov2=lambda: MoCoV2(K=128), simsiam=lambda: SimSiam(64,16), simclr=lambda: SimCLR(),
+            byol=lambda: BYOL(hidden=64, dim=16), dino=lambda: DINO(K=32, n_local=1, hidden=64, dim=16))
 
 # the base class
 
@@ -73,7 +73,9 @@ def test_slow_copies_move_by_the_share_that_is_asked_for_and_nothing_else():
 def contrast(a, b):
     "The normalised temperature-scaled cross entropy of SimCLR, written out"
     u = torch.cat([unit(a), unit(b)]); n = len(a); total = 0.
-    for i in range(2*n): total -= (u[i]@u[(i+n)%(2*n)]/.2) - torch.stack([u[i]@u[j]/.2 for j in range(2*n) if j!=i]).logsumexp(0)
+    for i in range(2*n):
+        others = torch.stack([u[i]@u[j]/.2 for j in range(2*n) if j!=i])
+        total -= (u[i]@u[(i+n)%(2*n)]/.2) - others.logsumexp(0)
     return total/(2*n)
 
 def test_base_class_is_contrast_within_the_batch(dls):
@@ -145,7 +147,7 @@ def test_mocov2(dls):
     assert close([s[-1] for s in seen], losses, 1e-4)
     assert same_weights(learn, ref, 'encoder', 'key_encoder', tol=1e-4)
     assert close(learn.model.queue.roll(-learn.model.ptr.item(), 0), state['queue'], 1e-3)
-    assert close(learn.recorder.values[-1][1], sum(losses)/len(losses), 1e-4)                  # the table has their mean
+    assert close(learn.recorder.values[-1][1], sum(losses)/len(losses), 1e-4) # the table has their mean
 
 def test_simsiam(dls):
     "Loss, gradients, and weight decay as PyTorch's SGD has it"
@@ -194,7 +196,8 @@ def test_dino(dls):
     def logits(x, f, g, w): return unit(g(f(x))) @ unit(w).T
     def loss_of(*views):
         qs = [logits(v, ref.encoder, ref.projector, ref.prototypes.weight)/.1 for v in views]
-        with torch.no_grad(): ks = [logits(v, ref.key_encoder, ref.key_projector, ref.key_prototypes.weight) for v in views[:2]]
+        with torch.no_grad():
+            ks = [logits(v, ref.key_encoder, ref.key_projector, ref.key_prototypes.weight) for v in views[:2]]
         terms = [-(((k-state['c'])/.04).softmax(1)*q.log_softmax(1)).sum(1).mean()
                  for a,k in enumerate(ks) for b,q in enumerate(qs) if a!=b]
         assert len(terms)==6
@@ -202,7 +205,8 @@ def test_dino(dls):
         return sum(terms)/6
     def after_step(i):
         state['c'] = .9*state['c'] + .1*torch.cat(state['ks']).mean(0)
-        for n in 'encoder','projector','prototypes': move(getattr(ref, f'key_{n}'), getattr(ref, n), rising(.5, i, len(seen)))
+        m = rising(.5, i, len(seen))
+        for n in 'encoder','projector','prototypes': move(getattr(ref, f'key_{n}'), getattr(ref, n), m)
     student = [*ref.encoder.parameters(), *ref.projector.parameters(), ref.prototypes.weight]
     assert close([s[-1] for s in seen], replay(seen, student, loss_of, after_step), 1e-4)
     assert close(learn.model.centre[0], state['c'], 1e-4)
@@ -305,7 +309,8 @@ def test_simsiam_compares_pairs_as_it_compares_views(dls):
 def test_heads_of_simsiam(dls):
     "Three layers, with a batch norm behind the last one too, and two with a bottleneck (SimSiam, section 3)"
     m = SimSiam(64,16).build(small(), dls)
-    assert [(o.in_features, o.out_features) for o in m.projector if isinstance(o, nn.Linear)]==[(128,64),(64,64),(64,64)]
+    linear = [o for o in m.projector if isinstance(o, nn.Linear)]
+    assert [(o.in_features, o.out_features) for o in linear]==[(128,64),(64,64),(64,64)]
     assert [sum(isinstance(l, nn.BatchNorm1d) for l in o) for o in (m.projector, m.predictor)]==[3,1]
     assert [isinstance(o[-1], nn.BatchNorm1d) for o in (m.projector, m.predictor)]==[True,False]
     assert [inspect.signature(SimSiam).parameters[o].default for o in ('dim','bottleneck')]==[2048,512]
@@ -318,10 +323,12 @@ def test_byol_pairs_give_the_target_no_gradient(dls):
     learn.ssl.pair_loss(z1, z2).backward()
     assert {p.grad is None for n,p in learn.model.named_parameters() if n.startswith('key_')}=={True}
     assert all(p.grad.abs().sum()>0 for p in learn.model.predictor.parameters())
-    with torch.autocast('cpu', torch.bfloat16): assert learn.ssl.loss(*learn.model(*torch.rand(2,8,3,32,32))).dtype==torch.float32
+    with torch.autocast('cpu', torch.bfloat16): loss = learn.ssl.loss(*learn.model(*torch.rand(2,8,3,32,32)))
+    assert loss.dtype==torch.float32
 
 def test_prototypes_stand_still_in_the_first_epoch(dls):
-    learn = ssl_learner(dls, small(), DINO(K=32, n_local=0, hidden=64, dim=16)); w = learn.model.prototypes.weight.detach().clone()
+    learn = ssl_learner(dls, small(), DINO(K=32, n_local=0, hidden=64, dim=16))
+    w = learn.model.prototypes.weight.detach().clone()
     quietly(learn, 1, .05); assert learn.model.prototypes.weight.equal(w)
     quietly(learn, 2, .05); assert not learn.model.prototypes.weight.equal(w)
 

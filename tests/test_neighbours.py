@@ -25,13 +25,15 @@ from fgsynth.synth.callbacks import PerturbCallback, synth_pairs
 def items(): return get_dataset('finches', n_train=128, n_test=8, size=32)
 
 def small(bn=False):
-    return Encoder(nn.Sequential(nn.Conv2d(3,8,3,2), *[nn.BatchNorm2d(8)]*bn, nn.ReLU(), nn.AdaptiveAvgPool2d(3), nn.Flatten()), 72)
+    layers = [nn.Conv2d(3,8,3,2), *[nn.BatchNorm2d(8)]*bn, nn.ReLU(), nn.AdaptiveAvgPool2d(3), nn.Flatten()]
+    return Encoder(nn.Sequential(*layers), 72)
 
 def make(items, *cbs, method=None, bs=32, pairs=True, valid_pct=0., bn=False, **kw):
     "A learner, the same each time"
     set_seed(0)
     dls = ssl_dls(items, size=32, bs=bs, valid_pct=valid_pct)
-    learn = ssl_learner(dls, small(bn), method or MoCoV2(K=64), cbs=[*(synth_pairs(decoder_width=4) if pairs else []), *cbs], **kw)
+    synth = synth_pairs(decoder_width=4) if pairs else []
+    learn = ssl_learner(dls, small(bn), method or MoCoV2(K=64), cbs=[*synth, *cbs], **kw)
     learn.remove_cb(learn.progress); learn.logger = noop
     return learn
 
@@ -41,9 +43,13 @@ def fit(learn, n, lr=None, **kw):
     learn.fit(n, lr, **kw)
     return learn
 
-def state(learn, but=()): return {k:v.clone() for k,v in learn.model.state_dict().items() if isinstance(v, Tensor) and not k.startswith(tuple(but) or '-')}
+def state(learn, but=()):
+    tensors = {k:v for k,v in learn.model.state_dict().items() if isinstance(v, Tensor)}
+    return {k:v.clone() for k,v in tensors.items() if not k.startswith(tuple(but) or '-')}
 def differ(a, b): return [k for k in a if not a[k].equal(b[k])]
 def losses(learn): return torch.stack(list(learn.recorder.losses))
+def copied(w): return w.detach().clone()
+def grad_norm(ps): return sum((p.grad**2).sum() for p in ps if p.grad is not None)**.5
 
 class At(Callback):
     "Calls `f(learn)` at an event"
@@ -61,7 +67,9 @@ def test_bfloat16(items):
 
 class Half(MixedPrecision):
     "fastai's float16 with a gradient scaler, which it makes for GPUs alone, on this processor"
-    def before_fit(self): self.autocast,self.learn.scaler,self.scales = torch.autocast('cpu', torch.float16),torch.amp.GradScaler('cpu', init_scale=2.**10),L()
+    def before_fit(self):
+        self.autocast,self.scales = torch.autocast('cpu', torch.float16),L()
+        self.learn.scaler = torch.amp.GradScaler('cpu', init_scale=2.**10)
 
 def test_float16_with_a_scaler(items):
     "Close to float32; a step whose gradients overflow is left out, by the encoder and by the decoder's own optimizer"
@@ -69,11 +77,14 @@ def test_float16_with_a_scaler(items):
     fit(half, 2, .01); fit(full, 2, .01)
     assert 0 < (losses(half)-losses(full)).abs().max() < .1
     a,b,start = state(half),state(full),state(make(items))
-    for k in 'encoder.body.0.weight','decoder.expand.weight': assert (a[k]-b[k]).norm() < .1*(b[k]-start[k]).norm(), k # they went the same way
+    for k in 'encoder.body.0.weight','decoder.expand.weight': # they went the same way
+        assert (a[k]-b[k]).norm() < .1*(b[k]-start[k]).norm(), k
     seen = []
     def spoil(l):
         if l.train_iter==1: l.model.encoder.body[0].weight.grad[0] = l.model.decoder.expand.weight.grad[0] = torch.inf
-    def look(l): seen.append((l.scaler.get_scale(), l.model.encoder.body[0].weight.detach().clone(), l.model.decoder.expand.weight.detach().clone()))
+    def look(l):
+        enc,dec = l.model.encoder.body[0].weight,l.model.decoder.expand.weight
+        seen.append((l.scaler.get_scale(), copied(enc), copied(dec)))
     learn = fit(make(items, Half(), At('after_backward', spoil), At('after_batch', look)), 1, .01)
     scales,enc,dec = zip(*seen)
     assert scales==(2**10, 2**9, 2**9, 2**9)
@@ -85,7 +96,7 @@ def test_float16_step_that_is_none_moves_no_slow_copy(items):
     seen = []
     def spoil(l):
         if l.train_iter==1: l.model.encoder.body[0].weight.grad[0] = torch.inf
-    def look(l): seen.append((l.model.encoder.body[0].weight.detach().clone(), l.model.key_encoder.body[0].weight.detach().clone()))
+    def look(l): seen.append([copied(enc.body[0].weight) for enc in (l.model.encoder, l.model.key_encoder)])
     fit(make(items, Half(), At('after_backward', spoil), At('after_batch', look), method=MoCoV2(momentum=.5)), 1, .01)
     for w in zip(*seen): assert [w[i].equal(w[i+1]) for i in range(3)]==[True,False,False]
 
@@ -94,7 +105,7 @@ def test_float16_and_gradient_clip(items):
     def norms(*cbs):
         seen = {}
         def look(l):
-            for n in 'encoder','projector','decoder': seen[n] = sum((p.grad**2).sum() for p in getattr(l.model, n).parameters() if p.grad is not None)**.5
+            for n in 'encoder','projector','decoder': seen[n] = grad_norm(getattr(l.model, n).parameters())
             raise CancelFitException()
         fit(make(items, *cbs, GradientClip(.5), At('before_step', look)), 1, .01)
         return seen
@@ -102,13 +113,15 @@ def test_float16_and_gradient_clip(items):
     assert all(abs(half[k]/full[k]-1)<.05 for k in full), (full, half)
 
 def test_float16_goes_on_where_it_stopped(items, tmp_path):
-    "The scaler is in the checkpoint too: stopped after a step that was given up and taken up again, the run ends with the weights of one that never stopped, to the bit"
+    """The scaler is in the checkpoint too: stopped after a step that was given up and taken up again, the run ends with
+    the weights of one that never stopped, to the bit"""
     def run(folder, stop=None):
         def spoil(l):
             if l.train_iter==1: l.model.encoder.body[0].weight.grad[0] = torch.inf
         def end(l):
             if l.train_iter==stop: raise KeyboardInterrupt
-        learn = make(items, Half(), At('after_backward', spoil), At('after_batch', end), CheckpointCallback(tmp_path/folder, every=1, resume=True))
+        keep = CheckpointCallback(tmp_path/folder, every=1, resume=True)
+        learn = make(items, Half(), At('after_backward', spoil), At('after_batch', end), keep)
         if stop is None: return fit(learn, 2, .01)
         with pytest.raises(KeyboardInterrupt): fit(learn, 2, .01)
     for stop in 3,6: run('stopped', stop)
@@ -118,7 +131,8 @@ def test_float16_goes_on_where_it_stopped(items, tmp_path):
     assert not differ(state(a), state(b)) and losses(a).equal(losses(b))
 
 def test_synchronised_batch_norm(items):
-    "What several processes share is a batch norm like the others: frozen where it should be, and decoded images leave no trace in it"
+    """What several processes share is a batch norm like the others: frozen where it should be, and decoded images leave
+    no trace in it"""
     learn = make(items, bn=True); net = learn.model
     net.frozen_bn = True; net.encoder = nn.SyncBatchNorm.convert_sync_batchnorm(net.encoder)
     bns = [m for m in net.encoder.modules() if isinstance(m, nn.SyncBatchNorm)]
@@ -128,27 +142,32 @@ def test_synchronised_batch_norm(items):
     assert all(m.track_running_stats for m in bns)
 
 def test_gradient_accumulation_equals_the_large_batch(items):
-    """Two batches of 32 make the step of one of 64. The limits: what couples images within a batch is not accumulated, that is batch norm and
-    in-batch negatives, so there are none here; and a queue moves with every batch, so the second one meets keys of the first: here it stands still."""
+    """Two batches of 32 make the step of one of 64. The limits: what couples images within a batch is not accumulated,
+    that is batch norm and in-batch negatives, so there are none here; and a queue moves with every batch, so the second
+    one meets keys of the first: here it stands still."""
     class Still(MoCoV2):
         def enqueue(self, q, k): pass
     def views(x): return [x, x.flip(-1)]
-    a = make(items, bs=64, pairs=False, method=Still(K=64, momentum=.5, views=views)); start = state(a); fit(a, 2, .1)
-    b = make(items, GradientAccumulation(64), bs=32, pairs=False, method=Still(K=64, momentum=.5, views=views)); fit(b, 2, .1)
-    c = make(items, bs=32, pairs=False, method=Still(K=64, momentum=.5, views=views)); fit(c, 2, .1)
+    def trained(*cbs, bs):
+        return fit(make(items, *cbs, bs=bs, pairs=False, method=Still(K=64, momentum=.5, views=views)), 2, .1)
+    a,b,c = trained(bs=64),trained(GradientAccumulation(64), bs=32),trained(bs=32)
     (sa,sb,sc) = map(state, (a, b, c))
     def far(x, y): return max((x[k]-y[k]).abs().max() for k in x if x[k].is_floating_point())
-    assert far(sa, sb)<1e-5 and far(sa, sc)>1e-3                     # the key encoder, too, follows at each step of the optimizer
+    assert far(sa, sb)<1e-5 and far(sa, sc)>1e-3 # the key encoder, too, follows at each step of the optimizer
     d = fit(make(items, GradientAccumulation(64), method=MoCoV2(K=96)), 1, .1)
-    assert d.model.ptr==128%96 and set(d.model.queue_ids.tolist())<=set(range(128)) and d.model.bank.count==4*16 # queue and bank: per batch
+    ids = set(d.model.queue_ids.tolist())
+    assert d.model.ptr==128%96 and ids<=set(range(128)) and d.model.bank.count==4*16 # queue and bank: per batch
 
 def test_gradient_clip(items):
-    "After clipping the gradients of all parameters together, the decoder's among them, are as long as was asked for, and the step follows them"
+    """After clipping the gradients of all parameters together, the decoder's among them, are as long as was asked for,
+    and the step follows them"""
     seen = {}
     def look(l):
-        ps = [p for p in l.model.parameters() if p.grad is not None]
-        seen.update(norm=sum((p.grad**2).sum() for p in ps)**.5, w=l.model.encoder.body[0].weight.detach().clone(), g=l.model.encoder.body[0].weight.grad.clone())
-    def stop(l): seen['new'] = l.model.encoder.body[0].weight.detach().clone(); raise CancelFitException()
+        w = l.model.encoder.body[0].weight
+        seen.update(norm=grad_norm(l.model.parameters()), w=copied(w), g=w.grad.clone())
+    def stop(l):
+        seen['new'] = copied(l.model.encoder.body[0].weight)
+        raise CancelFitException()
     learn = make(items, GradientClip(.01), At('before_step', look), At('after_step', stop, order=98), wd=0.)
     learn.fit(1, .1)
     assert abs(seen['norm']-.01)<1e-6 and seen['g'].abs().sum()>0
@@ -187,11 +206,13 @@ def test_summary(items):
     learn = make(items); before = state(learn)
     text = repr(learn.summary())
     for what,grad in ('trainable',True),('non-trainable',False):
-        assert f'Total {what} params: {sum(p.numel() for p in learn.model.parameters() if p.requires_grad==grad):,}' in text
+        n = sum(p.numel() for p in learn.model.parameters() if p.requires_grad==grad)
+        assert f'Total {what} params: {n:,}' in text
     assert not differ(before, state(learn))
 
 def test_freeze(items):
-    "A frozen encoder stays as it is, except for its batch norms, as in fastai; the heads learn, and the key encoder follows what stands still"
+    """A frozen encoder stays as it is, except for its batch norms, as in fastai; the heads learn, and the key encoder
+    follows what stands still"""
     learn = make(items, bn=True); start = state(learn)
     learn.freeze(); learn.fit(1, .1)
     now = differ(start, state(learn))
@@ -199,7 +220,8 @@ def test_freeze(items):
     assert 'encoder.body.1.weight' in now and 'projector.0.weight' in now and 'decoder.expand.weight' in now
 
 def test_loggers(items, monkeypatch, tmp_path):
-    "TensorBoard, W&B and CSVLogger get a value for each of our terms, the one in the training table (their packages are stood in for)"
+    """TensorBoard, W&B and CSVLogger get a value for each of our terms, the one in the training table (their packages
+    are stood in for)"""
     written,logged = {},{}
     class SummaryWriter:
         def __init__(self, log_dir=None): pass
@@ -207,13 +229,16 @@ def test_loggers(items, monkeypatch, tmp_path):
         def close(self): pass
     tb = types.ModuleType('torch.utils.tensorboard'); tb.SummaryWriter = SummaryWriter
     wandb = types.ModuleType('wandb')
-    wandb.run,wandb.config = types.SimpleNamespace(step=0, summary={}),types.SimpleNamespace(update=lambda *a, **k: None)
+    wandb.run = types.SimpleNamespace(step=0, summary={})
+    wandb.config = types.SimpleNamespace(update=lambda *a, **k: None)
     wandb.log = lambda d, step=None: logged.update(d)
-    for n,m in ('tensorboard', types.ModuleType('tensorboard')), ('torch.utils.tensorboard', tb), ('wandb', wandb): monkeypatch.setitem(sys.modules, n, m)
+    stand_ins = {'tensorboard':types.ModuleType('tensorboard'), 'torch.utils.tensorboard':tb, 'wandb':wandb}
+    for n,m in stand_ins.items(): monkeypatch.setitem(sys.modules, n, m)
     from fastai.callback.tensorboard import TensorBoardCallback
     from fastai.callback.wandb import WandbCallback
     for n in 'fastai.callback.tensorboard','fastai.callback.wandb': monkeypatch.delitem(sys.modules, n) # not for others
-    learn = make(items, TensorBoardCallback(trace_model=False, log_preds=False), WandbCallback(log_preds=False), CSVLogger(tmp_path/'log.csv'), path=tmp_path)
+    board,wb = TensorBoardCallback(trace_model=False, log_preds=False),WandbCallback(log_preds=False)
+    learn = make(items, board, wb, CSVLogger(tmp_path/'log.csv'), path=tmp_path)
     learn.fit(2, .01)
     table = dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[-1]))
     head,*rows = [l.split(',') for l in (tmp_path/'log.csv').read_text().splitlines()]
@@ -226,7 +251,10 @@ def test_saliency_leaves_gradients_alone(items, method):
     "Scores and bank beside the method: the gradients of all its parameters are those without them"
     def grads(*cbs):
         kept = {}
-        def keep(l): kept.update({n:p.grad.clone() for n,p in l.model.named_parameters() if p.grad is not None and 'decoder' not in n}); raise CancelFitException()
+        def keep(l):
+            ps = [(n,p) for n,p in l.model.named_parameters() if 'decoder' not in n]
+            kept.update({n:p.grad.clone() for n,p in ps if p.grad is not None})
+            raise CancelFitException()
         fit(make(items, *cbs, At('after_backward', keep), method=method(), pairs=False, bn=True), 1, .1)
         return kept
     a,b = grads(),grads(PerturbCallback())
@@ -251,6 +279,7 @@ def growth(*cbs):
 def test_memory_does_not_grow(py):
     "In a process of its own; that a leak would be seen is seen"
     pytest.importorskip('psutil')
-    out = py(sys.executable, '-c', f"import sys; sys.path.insert(0, {str(root/'tests')!r}); from test_neighbours import *; print(growth(), growth(Hold()))").stdout
+    setup = f"import sys; sys.path.insert(0, {str(root/'tests')!r}); from test_neighbours import *"
+    out = py(sys.executable, '-c', f'{setup}; print(growth(), growth(Hold()))').stdout
     fine,leak = map(float, out.split()[-2:])
     assert fine<20 and leak>50, (fine, leak)

@@ -1,6 +1,7 @@
 """What must hold for every input: hypothesis looks for one for which it does not
 
-Tensors come from three kinds of numbers: random ones, small whole numbers (many ties), and random ones over twenty orders of magnitude."""
+Tensors come from three kinds of numbers: random ones, small whole numbers (many ties), and random ones over twenty
+orders of magnitude."""
 import numpy as np, torch
 import torch.nn.functional as F
 from hypothesis import assume, given, settings, strategies as st
@@ -8,7 +9,8 @@ from torch import nn
 from fgsynth.evaluate.retrieval import knn, nearest, retrieval
 from fgsynth.nets.losses import distill, info_nce, neg_cosine, nt_xent
 from fgsynth.nets.heads import MLPHead
-from fgsynth.synth.perturb import FeatureBank, MODES, NORMS, cam_scores, low_variance, min_max, noise_std, normalize, perturb
+from fgsynth.synth.perturb import FeatureBank, MODES, NORMS, cam_scores, low_variance
+from fgsynth.synth.perturb import min_max, noise_std, normalize, perturb
 from fgsynth.methods.mocov2 import MoCoModel
 from fgsynth.methods.base import SSLModel, feat_std
 
@@ -23,7 +25,9 @@ def numbers(shape, seed, kind='random'):
     return x*10**torch.empty(shape[:1]+(1,)*(len(shape)-1)).uniform_(-10, 10, generator=g) if kind=='wide' else x
 
 def unit(x): return F.normalize(x.double(), dim=-1)
-def close(a, b, tol=1e-5): torch.testing.assert_close(torch.as_tensor(a).double(), torch.as_tensor(b).double(), rtol=tol, atol=tol)
+def close(a, b, tol=1e-5):
+    a,b = torch.as_tensor(a).double(),torch.as_tensor(b).double()
+    torch.testing.assert_close(a, b, rtol=tol, atol=tol)
 
 # losses
 
@@ -35,9 +39,10 @@ def test_info_nce(b, m, k, seed, t, kind):
     want = torch.logsumexp(torch.cat([(u*v).sum(1, keepdim=True), u@queue.double().T], 1)/t, 1) - (u*v).sum(1)/t
     close(got, want, 1e-4)
     assert (got>=0).all()
-    close(got, info_nce(q*3.7, key*.2, queue[torch.randperm(k)], t, reduction='none'), 1e-4)    # lengths and the order of the queue do not matter
+    other = info_nce(q*3.7, key*.2, queue[torch.randperm(k)], t, reduction='none')
+    close(got, other, 1e-4) # lengths and the order of the queue do not matter
     mask = torch.rand(b, k)<.5
-    assert (info_nce(q, key, queue, t, mask, 'none')<=got+1e-5).all()                            # fewer negatives, less loss
+    assert (info_nce(q, key, queue, t, mask, 'none')<=got+1e-5).all() # fewer negatives, less loss
     close(info_nce(q, key, queue, t, reduction='sum'), got.sum(), 1e-4)
 
 @given(st.integers(2, 12), d, seed, st.sampled_from([.07,.2,1.]), kind)
@@ -59,7 +64,8 @@ def test_neg_cosine_and_distill(b, m, seed, kind):
     close(l, -(unit(p)*unit(z)).sum(1), 1e-4); assert (l.abs()<=1+1e-5).all()
     l.sum().backward(); assert z.grad is None and p.grad.isfinite().all()
     q,k = numbers((b,m), seed), numbers((b,m), seed+1)
-    kl = distill(q, k, reduction='none') - distill(k*.1/.04, k, reduction='none')                # a student that agrees has the least: the teacher's entropy
+    least = distill(k*.1/.04, k, reduction='none') # of a student that agrees: the teacher's entropy
+    kl = distill(q, k, reduction='none') - least
     assert (kl>=-1e-4).all()
 
 # perturb
@@ -78,7 +84,7 @@ def test_normalize_keeps_the_order(b, m, seed, kind, how):
     assert (s>=0).all() and (s<=1).all() and s.isfinite().all()
     i = x.argsort(1); s_sorted = s.gather(1, i)
     assert (s_sorted.diff(dim=1)>=-1e-6).all()
-    if how!='batch': assert torch.equal(normalize(x[:1], how), s[:1])                            # an image is scaled by itself alone
+    if how!='batch': assert torch.equal(normalize(x[:1], how), s[:1]) # an image is scaled by itself alone
 
 @given(n, d, seed, st.sampled_from(['-loss','loss','abs']))
 def test_cam_scores(b, m, seed, target):
@@ -101,7 +107,8 @@ def test_bank_holds_the_newest(size, m, batches, seed, kind):
     if not len(seen): assert not bank.std().any(); return
     row = {j:i for i,j in enumerate(ids[-size:])}
     mine = seen[[row[j] for j in bank.ids[have].tolist()]]
-    close(bank.feats[have], unit(mine)); torch.testing.assert_close(bank.norms[have], mine.norm(dim=1), rtol=1e-5, atol=0)
+    close(bank.feats[have], unit(mine))
+    torch.testing.assert_close(bank.norms[have], mine.norm(dim=1), rtol=1e-5, atol=0)
     close(bank.std(), unit(mine).numpy().std(0), 1e-4)
     assert bool(bank.ready())==(len(batches)>=2)
 
@@ -113,10 +120,10 @@ def test_noise_has_the_size_that_is_said(b, m, seed, mode, sc, sv):
     p = perturb(z, s_hat, v_hat, mask, sigma_cam=sc, sigma_var=sv, mode=mode, unit=.5, generator=g)
     std = noise_std(s_hat, v_hat, mask, .5*sc, .5*sv, mode)[0]
     close(p.z - z, p.noise, 1e-4)
-    assert ((p.noise.pow(2).mean(0).sqrt() - std).abs() <= 6*std/(2*b)**.5 + 1e-6).all()         # six standard errors
+    assert ((p.noise.pow(2).mean(0).sqrt() - std).abs() <= 6*std/(2*b)**.5 + 1e-6).all() # six standard errors
     assert not p.n_var[:,~mask].any() and not p.noise[:,std==0].any()
     total = {k:noise_std(s_hat, v_hat, mask, sc, sv, k).pow(2).mean() for k in ('both','random')}
-    close(total['both'], total['random'], 1e-4)                                                  # the control spends the same energy
+    close(total['both'], total['random'], 1e-4) # the control spends the same energy
 
 # models
 
@@ -134,10 +141,12 @@ def test_queue_holds_the_newest(K, m, batches, seed):
 
 @given(st.floats(0, 1), st.integers(1, 5), seed)
 def test_slow_copies_follow(m, steps, seed):
-    torch.manual_seed(seed); model = SSLModel(nn.Linear(3, 2), nn.Linear(2, 2)); model.slow_copies('encoder','projector')
+    torch.manual_seed(seed)
+    model = SSLModel(nn.Linear(3, 2), nn.Linear(2, 2)); model.slow_copies('encoder','projector')
     want = model.encoder.weight.detach().double().clone()
     for _ in range(steps):
-        nn.init.normal_(model.encoder.weight); model.follow(m); want = m*want + (1-m)*model.encoder.weight.detach().double()
+        nn.init.normal_(model.encoder.weight); model.follow(m)
+        want = m*want + (1-m)*model.encoder.weight.detach().double()
     close(model.key_encoder.weight, want)
 
 @given(st.integers(2, 20), d, seed)
@@ -154,7 +163,8 @@ def by_hand(z, y, g=None, gy=None):
     res = []
     for i in range(len(z)):
         s = (z[i]@g.T).float()
-        order = sorted((j for j in range(len(g)) if not (own and i==j)), key=lambda j: (-round(float(s[j])*2**22), int(gy[j]==y[i])))
+        def place(j): return -round(float(s[j])*2**22), int(gy[j]==y[i])
+        order = sorted((j for j in range(len(g)) if not (own and i==j)), key=place)
         hit = np.array([int(gy[j]==y[i]) for j in order])
         if hit.sum(): res.append((hit[0], hit[:5].any(), (hit*hit.cumsum()/np.arange(1, len(hit)+1)).sum()/hit.sum()))
     return 100*np.mean(res, 0) if res else None
@@ -163,14 +173,17 @@ def by_hand(z, y, g=None, gy=None):
 def test_retrieval(b, m, c, seed, kind, own, bs):
     z,y = numbers((b,m), seed, kind), torch.randint(c, (b,), generator=torch.Generator().manual_seed(seed))
     assume(kind!='wide' or z.norm(dim=1).min()>0)
-    other = () if own else (numbers((17,m), seed+1, kind), torch.randint(c, (17,), generator=torch.Generator().manual_seed(seed+1)))
+    gen = torch.Generator().manual_seed(seed+1)
+    other = () if own else (numbers((17,m), seed+1, kind), torch.randint(c, (17,), generator=gen))
     want = by_hand(z, y, *other)
     assume(want is not None)
     got = retrieval(z, y, *other, bs=bs)
     assert 0<=got['rank1']<=got['rank5']<=100 and got['queries']+got['skipped']==b
-    if m==1 or kind!='ties': close([got['rank1'],got['rank5'],got['map']], want, 1e-3) # else equal cosines are told apart by rounding
+    if m==1 or kind!='ties': # else equal cosines are told apart by rounding
+        close([got['rank1'],got['rank5'],got['map']], want, 1e-3)
     perm = torch.randperm(b)
-    if own and m>1 and kind=='random': close(retrieval(z[perm], y[perm])['map'], got['map'], 1e-6) # the order of the images does not matter
+    if own and m>1 and kind=='random': # the order of the images does not matter
+        close(retrieval(z[perm], y[perm])['map'], got['map'], 1e-6)
 
 @given(st.integers(2, 20), st.integers(2, 9), st.integers(1, 12), seed)
 def test_nearest_and_knn(b, m, k, seed):
@@ -179,4 +192,4 @@ def test_nearest_and_knn(b, m, k, seed):
     close(s, (unit(z)@unit(g).T).topk(min(k, 15), 1).values, 1e-4)
     close((unit(z)[:,None]*unit(g)[i]).sum(2), s, 1e-4)
     y = torch.arange(15)%3
-    assert knn(g, y, g, y, k=1)==100                                                             # each is its own nearest neighbour
+    assert knn(g, y, g, y, k=1)==100 # each is its own nearest neighbour

@@ -1,4 +1,5 @@
-"Small networks, and a second implementation of a training to compare with; used by `test_methods.py` and `test_learner.py`"
+"""Small networks, and a second implementation of a training to compare with; used by `test_methods.py` and
+`test_learner.py`"""
 import random
 import torch
 from torch import nn

@@ -1,0 +1,242 @@
+"Runs from settings to a folder: presets, training, measures, and the demo"
+import csv, inspect, json, math, pickle, re
+from copy import deepcopy
+import pytest, numpy as np, torch
+from conftest import root
+from fastai.callback.core import Callback
+from fgsynth.core import InputError
+from fgsynth.data.datasets import get_dataset
+from fgsynth.nets.encoders import load_encoder, save_encoder, stages
+from fgsynth.show.explore import Explorer
+from fgsynth.synth.callbacks import PAPER, PerturbCallback, synth_pairs
+from fgsynth.runs import measure, train as training
+from fgsynth.runs.demo import demo
+from fgsynth.runs.measure import evaluate_run
+from fgsynth.runs.presets import Settings, origins, pair_defaults, preset_names, read_preset
+from fgsynth.runs.report import check_run_folder, open_run, read_run, text_table, write_report
+from fgsynth.runs.train import estimate, fit_run, make_learner, run_facts, train
+
+# Presets and settings
+
+@pytest.fixture(scope='module')
+def paper(): return read_preset('paper')
+
+def test_the_papers_preset_is_paper_true(paper):
+    "`synth_pairs(paper=True)` and `--preset paper` mean the same"
+    for k,v in PAPER.items(): assert v==(not paper.values['absolute'] if k=='relative' else paper.values[k]), k
+    assert all(paper.sources.values())
+
+@pytest.mark.parametrize('name', preset_names())
+def test_every_preset_holds_settings_and_says_what_it_is_for(name):
+    preset = read_preset(name)
+    s = Settings.from_preset(name)
+    assert {k:getattr(s, k) for k in preset.values}==preset.values
+    assert preset.about and preset.sources.keys()==preset.values.keys()
+
+def test_simsiam_differs_from_mocov2_in_method_and_learning_rate(paper):
+    simsiam = read_preset('paper_simsiam').values
+    assert {k:v for k,v in simsiam.items() if paper.values.get(k)!=v}==dict(method='simsiam', lr=.05*simsiam['bs']/256)
+
+@pytest.mark.parametrize('name', preset_names())
+def test_toml_reads_the_presets_as_well(name):
+    "But for null, which it does not have"
+    tomllib = pytest.importorskip('tomllib')                                # from Python 3.11 on
+    text = (root/f'fgsynth/presets/{name}.toml').read_text()
+    there = tomllib.loads(re.sub(r'^.*= null.*$', '', text, flags=re.M))
+    base = there.pop('base', None)
+    mine = read_preset(name).values
+    assert there=={k:v for k,v in mine.items() if v is not None and not (base and k not in there)}
+
+def test_settings_take_the_defaults_of_the_callbacks():
+    s = Settings()
+    defaults = synth_pairs()
+    for k,v in pair_defaults.items():
+        mine = [getattr(cb, k) for cb in defaults if k in vars(cb)]
+        assert all(o==v for o in mine), k
+        if k in s.as_dict(): assert s.pair_settings()[k]==v
+    assert s.absolute==(not PerturbCallback().relative)
+
+def test_settings_are_told_by_name_and_sentence():
+    "`train` shows every setting in its signature, after arguments of its own, and its help has a sentence for each"
+    from fastcore.docments import docments
+    own = 'out overwrite resume save_every dry_run'.split()
+    assert list(inspect.signature(train).parameters)==own + list(Settings().as_dict())
+    docs = docments(train)
+    assert all(docs[k] for k in (*own, *Settings().as_dict()))
+
+def test_settings_are_copied_and_stored():
+    s = Settings(lr=.01, seed=3)
+    for other in deepcopy(s), pickle.loads(pickle.dumps(s)), Settings(**s.as_dict()), s.changed():
+        assert other.as_dict()==s.as_dict() and other is not s
+
+def test_a_number_that_cannot_be_meant_is_named():
+    for bad in dict(bs=1), dict(lr=-.03), dict(momentum=2), dict(beta=-1.), dict(tau=math.nan):
+        k,v = next(iter(bad.items()))
+        with pytest.raises(InputError, match=f'--{k} is {v}'): Settings(**bad).check()
+
+def test_origin_of_a_setting(paper):
+    assert origins(Settings.from_preset('paper').as_dict())['tau']=='paper: '+paper.sources['tau']
+    gone = dict(Settings().as_dict(), preset='gone.toml', bs=7)
+    assert origins(gone)['bs']=='given' and origins(gone)['lr']=='default'
+    assert 'images' not in origins(dict(gone, images=3))
+
+# Training
+
+@pytest.fixture(scope='module', autouse=True)
+def flock():
+    "A small flock in place of the finches of a run"
+    items = get_dataset('finches', n_train=256, n_test=160, size=32)
+    with pytest.MonkeyPatch.context() as m:
+        for room in training,measure: m.setattr(room, 'run_items', lambda *args: items)
+        yield items
+
+@pytest.fixture(scope='module')
+def run(flock, tmp_path_factory):
+    "The folder of a run with pairs that was measured, and its row"
+    out = tmp_path_factory.mktemp('runs')/'pairs'
+    train(preset='smoke', bs=64, pretrain_epochs=2, out=str(out))
+    return out, evaluate_run(str(out))
+
+def test_a_run_leaves_a_folder(run):
+    out,row = run
+    files = '''report.html settings.json history.csv metrics.csv encoder.safetensors synth.safetensors examples.pt
+        curves.png pairs.png attention.png variance.png noise.png views.png'''.split()
+    assert {f.name for f in out.iterdir()} >= set(files)
+    with open(out/'metrics.csv') as f: rows = list(csv.DictReader(f))
+    assert len(rows)==1 and float(rows[0]['map'])==pytest.approx(row['map'], abs=1e-9)
+    with open(out/'history.csv') as f: assert len(list(csv.DictReader(f)))==1
+
+def test_a_report_holds_pictures_settings_and_explorer(run):
+    page = (run[0]/'report.html').read_text()
+    assert page.count('<img')==10 and 'src="http' not in page
+    assert '<td>sigma_cam</td><td>3.0</td>' in page and 'type="range"' in page
+    assert Explorer.from_run(run[0]).picture()[0].shape[0]==5*34
+
+def test_an_encoder_knows_its_run(run):
+    enc = load_encoder(run[0]/'encoder.safetensors')
+    assert (enc.info['method'], enc.info['image_size'], enc.num_features)==('mocov2', 32, 256)
+
+def test_settings_of_a_run_are_kept_under_their_names(run):
+    "The keys by which old runs are resumed"
+    there = read_run(run[0])
+    more = ['images','bs of all processes','fgsynth','torch','python','processor','seconds']
+    assert list(there)==[*Settings().as_dict(), *more]
+    assert (there['bs'], there['images'], there['bs of all processes'], there['residual'])==(64, 256, 64, 1)
+
+def test_a_run_without_pairs_has_no_explorer(flock, tmp_path):
+    base = train(preset='smoke', bs=64, synth='none', out=tmp_path/'base')
+    assert not (base.run/'synth.safetensors').exists() and 'type="range"' not in (base.run/'report.html').read_text()
+
+def first_epoch(flock, synth, method='mocov2'):
+    "First weight after an epoch that changes nothing, and all that the method looked at"
+    s = Settings.from_preset('smoke', seed=1, bs=64, method=method, synth=synth, epochs=1, lr=0.)
+    learn,seen = make_learner(flock, s),[]
+    class Keep(Callback):
+        order = 1
+        def before_batch(self): seen.append(self.learn.xb[0].clone())
+    learn.add_cb(Keep())
+    with learn.no_bar(), learn.no_logging(): fit_run(learn, s)
+    return next(learn.model.encoder.parameters()), torch.stack(seen)
+
+def test_start_order_and_views_do_not_depend_on_pairs(flock):
+    none,both = first_epoch(flock, 'none'),first_epoch(flock, 'both')
+    assert none[0].equal(both[0]) and none[1].equal(both[1])
+    assert not first_epoch(flock, 'none', 'simsiam')[1].isnan().any()
+
+@pytest.fixture(scope='module')
+def preset_run(flock, tmp_path_factory):
+    return train(preset='smoke', lr=.003, sigma_var=3., schedule='cosine', out=tmp_path_factory.mktemp('runs')/'preset')
+
+def test_the_command_overrides_the_preset(preset_run):
+    s = json.loads((preset_run.run/'settings.json').read_text())
+    assert [s[k] for k in ('preset','bs','lr','epochs')]==['smoke',32,.003,1]
+    where = origins(s)
+    assert [where[k] for k in ('bs','lr','sigma_var','schedule')]==['smoke','given','default','given']
+    assert '<td>lr</td><td>0.003</td><td>given</td>' in (preset_run.run/'report.html').read_text()
+
+def test_the_papers_schedule_only_goes_down(preset_run):
+    lrs = preset_run.recorder.lrs                                           # 8 steps
+    assert [lrs[0], lrs[-1]/.003]==pytest.approx([.003, (1+np.cos(np.pi*7/8))/2], abs=1e-5)
+
+def test_a_misspelt_setting_is_named(tmp_path):
+    (tmp_path/'my.toml').write_text('epoch = 3')
+    with pytest.raises(InputError, match="did you mean 'epochs'"): train(preset=tmp_path/'my.toml')
+    with pytest.raises(InputError, match='schedule'): train(schedule='linear')
+    with pytest.raises(InputError, match="did you mean 'epochs'"): train(epoch=3)
+
+def test_a_dry_run_counts_every_epoch_and_writes_nothing(flock, tmp_path, capsys):
+    one,ten = [estimate(flock, Settings.from_preset('smoke', epochs=e, synth='none')) for e in (1,10)]
+    assert 'training: 1 epochs of 8 steps' in one and 'training: 10 epochs of 8 steps' in ten and 'decoder' not in one
+    train(preset='smoke', epochs=3, out=tmp_path/'dry', dry_run=True)
+    said = capsys.readouterr().out
+    assert 'decoder:  1 epochs of 8 steps' in said and 'Nothing was written.' in said and not (tmp_path/'dry').exists()
+
+@pytest.mark.parametrize('method,schedule', [('mocov2','one_cycle'), ('simsiam','cosine')])
+def test_each_stage_learns_more_slowly_than_the_one_after_it(method, schedule, flock):
+    "And a frozen one not at all"
+    s = Settings.from_preset('smoke', method=method, schedule=schedule, synth='none', layer_decay=.5, frozen_stages=1,
+                             head_mult=10., epochs=1)
+    learn,seen = make_learner(flock, s),[]
+    before = [p.clone() for p in stages(learn.model.encoder)[0]]
+    class Seen(Callback):
+        def before_step(self): seen.append([h['lr'] for h in self.opt.hypers])
+    with learn.no_bar(), learn.no_logging(): fit_run(learn, s, Seen())
+    np.testing.assert_allclose(np.max(seen, 0)[:6]/.001, [.0625,.125,.25,.5,1,10], rtol=.05)
+    assert all(a.equal(b) for a,b in zip(before, stages(learn.model.encoder)[0]))
+
+def test_what_must_be_the_same_to_go_on(flock):
+    a,b = [run_facts(flock, Settings(path=p, cache_dir=c, bs=64)) for p,c in ((None,None), ('x','y'))]
+    assert a==b and a['images']==256 and a['bs of all processes']==64 and 'bs' not in a and 'preset' not in a
+
+# Folders
+
+def test_a_folder_is_made_only_for_a_run(tmp_path):
+    out = open_run(tmp_path/'a/b')
+    (out/'settings.json').write_text('{}'); (out/'x.png').write_text('')
+    for bad,words in (out,'already holds another run'), (tmp_path,'holds no run'), (out/'x.png','is a file'):
+        with pytest.raises(InputError, match=words): check_run_folder(bad)
+    with pytest.raises(InputError, match='--overwrite or --resume'): check_run_folder(out, True, True)
+    assert sorted(f.name for f in open_run(out, resume=True).iterdir() if f.name!='.lock')==['settings.json','x.png']
+    assert [f.name for f in open_run(out, overwrite=True).iterdir()]==['.lock']
+
+def test_no_finished_run_is_one_sentence(tmp_path):
+    for f in read_run,evaluate_run:
+        with pytest.raises(InputError, match='There is no finished run in'): f(tmp_path)
+
+def test_a_report_escapes_what_it_is_told(tmp_path):
+    page = write_report(tmp_path, 'a < b & c', dict(path='<x>'), [dict(method='m&m', map=1.25)], ['1 < 2']).read_text()
+    assert '<title>a &lt; b &amp; c</title>' in page and '<td>&lt;x&gt;</td>' in page
+    assert '<td>m&amp;m</td>' in page and '<p>1 &lt; 2</p>' in page
+
+def test_a_table_of_text_is_in_columns():
+    rows = [dict(method='untrained', top1_100=20.04, seconds=0), dict(method='mocov2', synth='both', map=7.)]
+    lines = text_table(rows).split('\n')
+    assert lines[0].split()[:2]==['method','synth'] and lines[1].split()==['untrained','20.0','0']
+    assert lines[2].index('7.0')+3==lines[0].index('mAP')+3
+
+# The demo
+
+@pytest.fixture(scope='module')
+def demo_run(tmp_path_factory):
+    out = tmp_path_factory.mktemp('runs')/'demo'
+    return out, demo(str(out), size=32, n_train=256, n_test=160, epochs=1, pretrain_epochs=1, start_epochs=2)
+
+def test_the_demo_has_four_rows_and_all_files(demo_run):
+    out,rows = demo_run
+    assert [(r['method'], r.get('synth')) for r in rows]==[
+        ('untrained',None), ('start',None), ('mocov2','none'), ('mocov2','both')]
+    files = '''report.html retrieval.png metrics.csv settings.json encoder_none.safetensors encoder_both.safetensors
+        synth.safetensors pairs.png attention.png variance.png curves.png'''.split()
+    assert {f.name for f in out.iterdir()} >= set(files)
+    with pytest.raises(InputError, match='already holds another run'): demo(out)
+    Explorer.from_run(out)
+
+def test_the_demos_encoders_differ(demo_run):
+    x = torch.ones(1,3,32,32)/2
+    with torch.no_grad(): a,b = [load_encoder(demo_run[0]/f'encoder_{k}.safetensors')(x) for k in ('none','both')]
+    assert (a-b).abs().max()>0
+
+def test_the_demo_keeps_its_settings(demo_run):
+    s = json.loads((demo_run[0]/'settings.json').read_text())
+    assert (s['momentum'], s['decoder_width'], s['weights'], s['images'])==(.99, 16, 'encoder_start.safetensors', 256)
+    assert s['start']=='2 epochs with labels on eight other species' and 'total_seconds' in s

@@ -1,0 +1,113 @@
+"Experiments: what a run is, the file of runs, and differences between configurations"
+import pytest, pandas as pd
+from fgsynth.core import InputError
+from fgsynth.data.datasets import get_dataset
+from fgsynth.evaluate.measures import evaluate
+from fgsynth.runs import table as experiments_room
+from fgsynth.runs.compare import differences, means, measure_names, paired, runs_of, summary
+from fgsynth.runs.presets import Settings, preset_names
+from fgsynth.runs.table import experiments, find_runs, read_runs, row_key, run_columns, table, vary, wanted_runs
+from fgsynth.runs.train import fit_run, make_learner
+
+@pytest.fixture(scope='module')
+def items(): return get_dataset('finches', n_train=256, n_test=128, size=32)
+
+@pytest.fixture(scope='module', autouse=True)
+def trial(items):
+    "A small experiment on a small flock"
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(experiments_room, 'run_items', lambda *args: items)
+        m.setitem(experiments, 'trial', vary('synth', 'none', 'cam'))
+        yield
+
+@pytest.fixture(scope='module')
+def runs(trial, tmp_path_factory):
+    "Its rows, from two seeds"
+    return table('trial', data='finches', seeds=2, preset='smoke', out=tmp_path_factory.mktemp('results')/'runs.csv')
+
+def test_rows_of_an_experiment_are_by_seed_and_whole(runs):
+    assert [list(runs.synth), list(runs.seed)]==[['none','cam']*2, ['0','0','1','1']]
+    assert list(runs.columns)==run_columns
+    measures = 'seconds top1_100 top1_50 top1_20 rank1 rank5 map rank1_gallery map_gallery knn feat_std'.split()
+    assert runs[measures].notna().all(None)
+    assert list(runs.decoded_top1.notna())==[False,True]*2
+
+def test_a_row_is_that_of_the_same_run_by_hand(runs, items):
+    s = Settings.from_preset('smoke', data='finches', synth='none', seed=1)
+    learn = make_learner(items, s)
+    with learn.no_bar(), learn.no_logging(): fit_run(learn, s)
+    again = evaluate(learn.model.encoder, items, 32, seed=1)
+    for k in 'top1_20','map': assert float(f'{again[k]:.5g}')==pytest.approx(runs.iloc[2][k], abs=1e-6)
+
+def test_a_file_that_is_older_than_a_setting(runs, tmp_path):
+    "Its runs had the default, and the next row brings the column"
+    old = tmp_path/'runs.csv'
+    runs.iloc[:3].drop(columns=['decoder_draw','decoder_grid','schedule','layer_decay']).to_csv(old, index=False)
+    smoke = Settings.from_preset('smoke', data='finches', synth='cam', seed=0)
+    assert len(find_runs(read_runs(old), smoke))==1
+    again = table('trial', data='finches', seeds=2, preset='smoke', out=old)
+    assert list(again.top1_20)[:3]==list(runs.top1_20)[:3]
+    assert [list(read_runs(old).columns), list(pd.read_csv(old).columns)]==[run_columns, run_columns]
+    assert len(read_runs(old))==4
+
+def test_a_file_without_a_column_that_matters(runs, tmp_path):
+    runs.drop(columns='tau').to_csv(tmp_path/'no_tau.csv', index=False)
+    with pytest.raises(InputError, match='lacks the columns tau'): read_runs(tmp_path/'no_tau.csv')
+
+def test_an_interrupted_experiment_keeps_its_rows(runs, tmp_path, monkeypatch):
+    "What was measured before the interruption is not measured again"
+    out,measure,seen = tmp_path/'runs.csv',experiments_room.measure_run,[]
+    def interrupted(*args):
+        if seen: raise KeyboardInterrupt
+        seen.append(1)
+        return measure(*args)
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(experiments_room, 'measure_run', interrupted)
+        table('trial', data='finches', seeds=1, preset='smoke', out=out)
+    one = read_runs(out)
+    assert len(one)==1 and one.iloc[0].top1_20==runs.iloc[0].top1_20
+
+def test_what_the_command_refuses(runs):
+    for f,words in ((lambda: table('headlines'), "did you mean 'headline'?"),
+                    (lambda: table('headline', preset='gpu'), 'preset'),
+                    (lambda: table('headline', seeds=0), '--seeds is 0'),
+                    (lambda: paired(runs[:1], runs[:1], 'map'), 'more --seeds')):
+        with pytest.raises(InputError) as e: f()
+        assert words in str(e.value)
+
+@pytest.mark.parametrize('name', sorted(experiments))
+def test_every_change_is_a_setting(name):
+    for change in experiments[name]: assert Settings(**change)
+    assert len(wanted_runs(name, range(3), 'cpu'))==3*len(experiments[name])
+
+@pytest.mark.parametrize('name', preset_names())
+def test_presets_work_with_experiments(name):
+    s, = wanted_runs('start', [7], name, data='gtsrb')
+    assert (s.seed, s.data, s.epochs, s.synth)==(7, 'gtsrb', 0, 'none')
+
+def test_rows_of_earlier_versions_are_found():
+    "The keys of the rows in results/runs.csv, as they were always written"
+    runs = read_runs()
+    for synth in 'none','both','random': assert len(runs_of(runs, preset='cpu', data='gtsrb', synth=synth))>=5, synth
+
+def test_the_key_of_a_run():
+    "Column by column, with the text that has always stood there"
+    key = row_key(Settings(synth='both', distance=.03, max_pairs=None, residual=False))
+    expected = dict(sigma_cam='3', distance='0.03', max_pairs='', residual='0', momentum='0.999', beta='0', absolute='0',
+                    decoder_lr='0.001', tau='0.905', pretrained='0')
+    assert {k:key[k] for k in expected}==expected
+    assert row_key(Settings(method='simsiam'))['momentum']=='' and row_key(Settings(synth='within'))['tau']==''
+    assert set(key)<set(run_columns)
+
+def test_headings_say_gallery():
+    assert [measure_names[k] for k in ('rank1_gallery','map_gallery')]==['rank-1, gallery','mAP, gallery']
+
+def test_a_clear_difference_is_bold():
+    none = pd.DataFrame(dict(seed=list('012'), map=[1.,2.,3.]))
+    assert differences(none.assign(map=[2.,3.,4.1]), none, dict(map='mAP'))['mAP'].startswith('**+1.0 (')
+    assert not differences(none.assign(map=[2.,4.,3.]), none, dict(map='mAP'))['mAP'].startswith('**')
+    assert means(none[:1], dict(map='mAP'))=={'mAP':'1.0'}
+
+def test_a_summary_compares_only_what_shares_two_seeds(runs):
+    assert list(summary(runs).index)==['none','cam','cam - none']
+    assert list(summary(runs[:2]).index)==['none','cam']
