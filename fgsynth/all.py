@@ -59,6 +59,7 @@ from .show.page import *
 from .show.explore import *
 
 # %% ../nbs/04_all.ipynb #c463e766
+from .runs.checkpoints import *
 from .runs.resume import *
 
 # %% ../nbs/04_all.ipynb #f81869cf

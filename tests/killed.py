@@ -1,5 +1,5 @@
 """One run, killed 20 times and resumed each time: `test_resume.py` runs this in a process of its own.
-Its children are forked, so that they need not import torch and fastai again, and end by SIGKILL, as a power cut would end them:
+Its children are forked, so that they need not import torch and fastai again, and end by SIGKILL, as by a power cut:
 at any moment, soon after a checkpoint, or in the middle of writing one."""
 import io, os, random, signal, sys, time, traceback
 from pathlib import Path

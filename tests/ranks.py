@@ -111,7 +111,8 @@ def everything():
     x = torch.randn(4, 2, requires_grad=True); w = torch.arange(4*world()*2.).view(-1, 2)
     (gather_with_grad(x)*w).sum().backward(); assert torch.equal(x.grad, world()*w.chunk(world())[rank()])
     x = torch.rand(6, 3, 32, 32)*(1+rank())
-    for shuffled,frozen in (True,False),(False,False),(True,True): # batch statistics of other images, where there are any
+    # batch statistics of other images, where there are any
+    for shuffled,frozen in (True,False),(False,False),(True,True):
         m = MoCoModel(net(bn=True), MLPHead(128, 128, 16), 16, 8, frozen, shuffled)
         for training in True,False:
             keys = m.train(training)(x, x)[1]
@@ -125,8 +126,9 @@ def everything():
             assert not gather(torch.rand(3)).view(world(), 3).diff(dim=0).eq(0).any(), 'every process drew the same'
             assert len(learn.recorder.losses)==2*(-(-50//world())//8), learn.recorder.losses
             same_columns(learn)
-            table = {k:f'{v:.3f}' for k,v in columns(learn).items()}
-            if rank()==0: print(name, 'batch norm' if bn else 'no batch norm', table)
+            if rank()==0:
+                table = {k:f'{v:.3f}' for k,v in columns(learn).items()}
+                print(name, 'batch norm' if bn else 'no batch norm', table)
     stop = EarlyStoppingCallback(patience=1)                                 # `valid_loss`, and all must stop together
     learn = train(SimSiam(32, 16), 67, 8, 12, bn=True, valid_pct=.25, cbs=[*synth_pairs(decoder_width=8), stop])
     same_columns(learn)
@@ -154,8 +156,9 @@ def measures(out):
     res['files'] = features(enc, sorted(folder.glob('*.png')), bs=4, size=32, distributed=True)
     res['two'] = features(enc, data.train[:2], distributed=True)                   # fewer than processes
     for k,v in res.items(): assert gather(v[None]).eq(v).all(), k
-    # training on files that are decoded on demand: each process takes as many steps, though one meets the unreadable file
     if world_size>1:
+        # training on files that are decoded on demand: each process takes as many steps, though one meets the
+        # unreadable file
         learn = train(MoCoV2(dim=32), 0, 4, 2, items=Items('files', L(sorted(folder.glob('*.png'))), L()))
         assert len(learn.recorder.losses)==2*(-(-23//world_size)//4), learn.recorder.losses
     if rank()==0: torch.save(res, out)

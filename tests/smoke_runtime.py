@@ -8,7 +8,8 @@ from fastai.vision.all import *
 from fgsynth.all import *
 
 def main():
-    print(f'python {sys.version.split()[0]}', *[f'{o.__name__} {o.__version__}' for o in (torch, fastai, fastcore)], sep=', ')
+    print(f'python {sys.version.split()[0]}, torch {torch.__version__},',
+          f'fastai {fastai.__version__}, fastcore {fastcore.__version__}')
     set_seed(0)
     items = get_dataset('finches', n_train=256, n_test=128, size=32)
     for method in (MoCoV2(), SimSiam(), SimCLR(), BYOL(), DINO(n_local=1)):

@@ -105,7 +105,8 @@ def cut(png):
 def rows(page):
     "The picture that the widget shows, cut into its rows by name"
     b = page.evaluate("""async () => {
-        const r = await fetch(document.querySelector('img.widget-image').src), a = new Uint8Array(await r.arrayBuffer());
+        const r = await fetch(document.querySelector('img.widget-image').src);
+        const a = new Uint8Array(await r.arrayBuffer());
         let s = ''; for (const o of a) s += String.fromCharCode(o); return btoa(s) }""")
     return dict(zip(Explorer.rows, cut(base64.b64decode(b))))
 
@@ -120,8 +121,8 @@ def changed(page, before, seconds=30):
     return set()
 
 def test_jupyterlab(browser, run_folder, tmp_path):
-    """The sigma slider, by keyboard and by mouse, changes the perturbed pictures and not the reconstructed ones; another
-    draw too; reset undoes it all"""
+    """The sigma slider, by keyboard and by mouse, changes the perturbed pictures and not the reconstructed ones;
+    another draw too; reset undoes it all"""
     pytest.importorskip('jupyterlab', reason='JupyterLab is not installed')
     notebook(tmp_path/'explore.ipynb', 'from fgsynth.all import *', f'Explorer.from_run({str(run_folder)!r})')
     with lab(tmp_path) as url:

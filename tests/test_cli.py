@@ -49,9 +49,11 @@ def test_export(trained, monkeypatch, tmp_path, capsys):
     with torch.no_grad(): assert torch.allclose(torch.export.load(tmp_path/'new/e.pt2').module()(x), enc(x), atol=1e-4)
     call(monkeypatch, 'fgsynth_export', trained, '--out', tmp_path/'e.pth')
     import timm
-    timm.create_model('test_byobnet', num_classes=0).load_state_dict(torch.load(tmp_path/'e.pth', weights_only=True), strict=True)
+    written = torch.load(tmp_path/'e.pth', weights_only=True)
+    timm.create_model('test_byobnet', num_classes=0).load_state_dict(written, strict=True)
     assert 'e.pth' in capsys.readouterr().out
-    for args,words in (([trained,'--format','onxx'], "did you mean 'onnx'"), ([tmp_path], 'no finished run'), ([trained,'--out',trained/'encoder.safetensors'], "run's own")):
+    for args,words in (([trained,'--format','onxx'], "did you mean 'onnx'"), ([tmp_path], 'no finished run'),
+                       ([trained,'--out',trained/'encoder.safetensors'], "run's own")):
         with pytest.raises(SystemExit) as e: call(monkeypatch, 'fgsynth_export', *args)
         assert words in str(e.value)
 
@@ -65,14 +67,16 @@ def test_flat_folder_trains_but_cannot_be_evaluated(photos, tmp_path, monkeypatc
 @pytest.mark.parametrize('synth,method', [*product(synth_modes, ['simsiam','mocov2']),
                                           *product(['both'], sorted(set(methods)-{'simsiam','mocov2'}))])
 def test_every_method_and_mode(synth, method, photos, tmp_path, monkeypatch):
-    call(monkeypatch, 'fgsynth_train', '--data', photos, *small, '--method', method, '--synth', synth, '--out', tmp_path/'run')
+    call(monkeypatch, 'fgsynth_train', '--data', photos, *small, '--method', method, '--synth', synth,
+         '--out', tmp_path/'run')
     assert (tmp_path/'run/synth.safetensors').exists() == (synth in (*MODES, 'within'))
 
 def test_pairs_of_the_paper(photos, tmp_path, monkeypatch):
     pairs = '--residual 0 --augment none --anchor rec --norm rank --distance .01 --update frozen --max_pairs 8'.split()
     call(monkeypatch, 'fgsynth_train', '--data', photos, *small, *pairs, '--out', tmp_path/'run')
     s = json.loads((tmp_path/'run/settings.json').read_text())
-    assert (s['residual'], s['augment'], s['anchor'], s['norm'], s['distance'], s['update'], s['max_pairs']) == (0, 'none', 'rec', 'rank', .01, 'frozen', 8)
+    given = dict(residual=0, augment='none', anchor='rec', norm='rank', distance=.01, update='frozen', max_pairs=8)
+    assert {k:s[k] for k in given}==given
 
 def test_preset_and_dry_run(photos, tmp_path, monkeypatch, capsys):
     "A preset fills in what the command leaves out, even where the command says what the default is"
@@ -80,7 +84,8 @@ def test_preset_and_dry_run(photos, tmp_path, monkeypatch, capsys):
     mine.write_text('# Mine\nbase = "smoke"\nlam = 0.25  # a guess\nepochs = 7\nbs = 2\n')
     call(monkeypatch, 'fgsynth_train', '--preset', mine, *args, '--dry_run')
     said = capsys.readouterr().out
-    assert 'training: 7 epochs of 3 steps' in said and 'decoder:  1 epochs of 3 steps' in said and 'GB' in said and not (tmp_path/'run').exists()
+    for words in 'training: 7 epochs of 3 steps','decoder:  1 epochs of 3 steps','GB': assert words in said
+    assert not (tmp_path/'run').exists()
     call(monkeypatch, 'fgsynth_train', '--preset', mine, *args, '--epochs', 5, '--synth', 'none') # 5 is the default
     s = json.loads((tmp_path/'run/settings.json').read_text())
     assert (s['epochs'], s['lam'], s['bs'], s['arch'], s['size']) == (5, .25, 16, 'timm/test_byobnet', 32)
@@ -111,12 +116,17 @@ def wrong(tmp, photos, trained):
     (tmp/'empty').mkdir(); (tmp/'file').write_text('x'); torch.save(torch.nn.Linear(2,2).state_dict(), tmp/'other.pth')
     few = tmp/'few'; few.mkdir()
     for f in sorted(photos.glob('*/*.png'))[:5]: (few/f.name).write_bytes(f.read_bytes())
-    return [(['--data','gtsbr'], "did you mean 'gtsrb'"), (['--data',tmp/'nowhere'], 'nowhere'), (['--data',tmp/'empty'], 'empty'),
+    return [(['--data','gtsbr'], "did you mean 'gtsrb'"), (['--data',tmp/'nowhere'], 'nowhere'),
+        (['--data',tmp/'empty'], 'empty'),
         (['--data','gtsrb','--path',tmp/'nowhere'], 'nowhere'), (['--data','cub200','--path',tmp/'empty'], 'images'),
-        (['--arch','resnet81'], "did you mean 'resnet"), (['--method','mocov3'], "did you mean 'mocov2'"), (['--synth','bth'], "did you mean 'both'"),
-        (['--size','16'], '32'), (['--size','-1'], '--size'), (['--epochs','0'], '--epochs'), (['--bs','0'], '--bs'), (['--sigma_cam','-1'], 'from 0 up'),
-        (['--data',few,'--bs','16'], '16'), (['--weights',tmp/'nothing.pth'], 'nothing.pth'), (['--weights',tmp/'other.pth'], 'do not fit'), (['--weights',tmp/'file'], 'cannot be read'),
-        (['--out',trained], 'already holds another run'), (['--out',tmp/'empty/../few'], 'not empty'), (['--out',tmp/'file'], 'is a file')]
+        (['--arch','resnet81'], "did you mean 'resnet"), (['--method','mocov3'], "did you mean 'mocov2'"),
+        (['--synth','bth'], "did you mean 'both'"),
+        (['--size','16'], '32'), (['--size','-1'], '--size'), (['--epochs','0'], '--epochs'), (['--bs','0'], '--bs'),
+        (['--sigma_cam','-1'], 'from 0 up'),
+        (['--data',few,'--bs','16'], '16'), (['--weights',tmp/'nothing.pth'], 'nothing.pth'),
+        (['--weights',tmp/'other.pth'], 'do not fit'), (['--weights',tmp/'file'], 'cannot be read'),
+        (['--out',trained], 'already holds another run'), (['--out',tmp/'empty/../few'], 'not empty'),
+        (['--out',tmp/'file'], 'is a file')]
 
 def test_one_sentence_for_every_mistake(tmp_path, photos, trained, monkeypatch):
     for args,words in wrong(tmp_path, photos, trained):
@@ -129,7 +139,8 @@ def test_one_sentence_for_every_mistake(tmp_path, photos, trained, monkeypatch):
 
 def test_explosion(tmp_path, photos, monkeypatch):
     "A learning rate without measure ends in a sentence, and in no files that look like results"
-    with pytest.raises(SystemExit) as e: call(monkeypatch, 'fgsynth_train', '--data', photos, *small, '--lr', 1e30, '--out', tmp_path/'run')
+    with pytest.raises(SystemExit) as e:
+        call(monkeypatch, 'fgsynth_train', '--data', photos, *small, '--lr', 1e30, '--out', tmp_path/'run')
     said = str(e.value.code)
     assert 'was not finite at step' in said and said.startswith('fgsynth_train: ') and '\n' not in said, said
     assert not (tmp_path/'run/encoder.safetensors').exists()
@@ -142,6 +153,9 @@ def test_exit_code_and_no_traceback(tmp_path):
 def test_a_warning_is_a_sentence(tmp_path):
     "Without the file and line that Python puts in front; what libraries say about each other is left out"
     (tmp_path/'odd.py').write_text("import warnings\nfrom fgsynth.cli import run_command\ndef f():\n    'Warns'\n"
-        "    warnings.warn('One image is odd.')\n    warnings.warn('old', FutureWarning)\n    warnings.warn('strange', RuntimeWarning)\nrun_command(f, 'fgsynth_data')")
-    said = subprocess.run([sys.executable, '-W', 'ignore', '-W', 'default::UserWarning', '-W', 'default::RuntimeWarning', tmp_path/'odd.py'], capture_output=True, text=True, check=True).stderr.splitlines()
-    assert said[0]=='fgsynth_data: One image is odd.' and said[1].endswith('RuntimeWarning: strange') and not any('old' in l for l in said), said
+        "    warnings.warn('One image is odd.')\n    warnings.warn('old', FutureWarning)\n"
+        "    warnings.warn('strange', RuntimeWarning)\nrun_command(f, 'fgsynth_data')")
+    python = [sys.executable, '-W', 'ignore', '-W', 'default::UserWarning', '-W', 'default::RuntimeWarning']
+    said = subprocess.run([*python, tmp_path/'odd.py'], capture_output=True, text=True, check=True).stderr.splitlines()
+    assert said[0]=='fgsynth_data: One image is odd.' and said[1].endswith('RuntimeWarning: strange'), said
+    assert not any('old' in l for l in said), said

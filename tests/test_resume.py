@@ -29,7 +29,8 @@ import killed
 def folders(tmp_path_factory):
     "The run that was never interrupted, and the one that was killed 20 times"
     top = tmp_path_factory.mktemp('killed')
-    r = subprocess.run([sys.executable, '-W', 'ignore', root/'tests/killed.py', top], env=os.environ | {'OMP_NUM_THREADS':'1', 'MPLBACKEND':'agg'},
+    alone = os.environ | {'OMP_NUM_THREADS':'1', 'MPLBACKEND':'agg'}
+    r = subprocess.run([sys.executable, '-W', 'ignore', root/'tests/killed.py', top], env=alone,
                        text=True, capture_output=True, stdin=subprocess.DEVNULL)
     assert r.returncode==0, r.stdout + r.stderr
     return top/'whole', top/'killed', r.stdout
@@ -51,7 +52,8 @@ def test_killed_20_times_equals_never(folders):
     equal(load_file(whole/'encoder.safetensors'), load_file(dead/'encoder.safetensors'))
     assert (whole/'history.csv').read_bytes()==(dead/'history.csv').read_bytes()
     a,b = [read_checkpoint(o/'checkpoints') for o in (whole,dead)]
-    assert {'encoder.body.stem.conv.weight','queue','bank.feats','decoder.expand.weight','decoder_opt._extra_state'} <= set(a['model'])
+    kept = {'encoder.body.stem.conv.weight','queue','bank.feats','decoder.expand.weight','decoder_opt._extra_state'}
+    assert kept <= set(a['model'])
     assert any(k.startswith('key_encoder.') for k in a['model']) and a['opt']['state'][0]['grad_avg'].abs().sum()>0
     for k in 'model opt grads metrics shuffle random train_iter settings phase done'.split(): equal(a[k], b[k], k)
     for k in 'losses','lrs','iters','values': equal(a['cbs']['recorder 0'][k], b['cbs']['recorder 0'][k], k)
@@ -65,7 +67,8 @@ def test_deaths_were_of_every_kind(folders):
     assert 'Going on with the decoder at epoch' in log and 'Going on with the training at epoch' in log
     assert sorted(int(f.stem) for f in (dead/'checkpoints').iterdir())==[killed.newest(dead)-1, killed.newest(dead)]
 
-small = '--size 32 --bs 16 --epochs 2 --pretrain_epochs 1 --decoder_width 8 --arch timm/test_byobnet --synth none'.split()
+small = '--size 32 --bs 16 --epochs 2 --pretrain_epochs 1 --decoder_width 8 --synth none'.split()
+small += ['--arch', 'timm/test_byobnet']
 
 @pytest.fixture
 def flock(monkeypatch):
@@ -78,7 +81,8 @@ def stopped(flock, tmp_path, monkeypatch):
     def die(*args, **kwargs): raise KeyboardInterrupt
     with monkeypatch.context() as m:
         m.setattr(training, 'save_encoder', die)
-        with pytest.raises(KeyboardInterrupt): call(m, 'fgsynth_train', *small, '--save_every', 2, '--out', tmp_path/'run')
+        with pytest.raises(KeyboardInterrupt):
+            call(m, 'fgsynth_train', *small, '--save_every', 2, '--out', tmp_path/'run')
     assert not (tmp_path/'run/encoder.safetensors').exists()
     return tmp_path/'run'
 
@@ -107,16 +111,18 @@ def test_refuses_other_settings(stopped, monkeypatch):
 def test_goes_on_from_the_checkpoint_before_a_damaged_one(stopped, tmp_path, monkeypatch):
     newest = sorted((stopped/'checkpoints').iterdir())[-1]
     newest.write_bytes(newest.read_bytes()[:-1000])
-    with pytest.warns(UserWarning, match='damaged'): call(monkeypatch, 'fgsynth_train', *small, '--out', stopped, '--resume')
+    with pytest.warns(UserWarning, match='damaged'):
+        call(monkeypatch, 'fgsynth_train', *small, '--out', stopped, '--resume')
     call(monkeypatch, 'fgsynth_train', *small, '--out', tmp_path/'whole')
     equal(*[load_file(o/'encoder.safetensors') for o in (stopped, tmp_path/'whole')])
 
 def test_two_at_once(stopped, monkeypatch):
     with locked(stopped):
-        for how in '--resume','--overwrite': refuses(monkeypatch, f'Another process ({os.getpid()}) is writing', '--out', stopped, how)
+        for how in '--resume','--overwrite':
+            refuses(monkeypatch, f'Another process ({os.getpid()}) is writing', '--out', stopped, how)
 
 def test_disk_full(flock, tmp_path, monkeypatch):
-    "A disk that takes no more in the middle of the third checkpoint: one sentence, and the second is there to go on from"
+    "A disk that is full in the middle of the third checkpoint: one sentence, and the second is there to go on from"
     out,save,n = tmp_path/'run',torch.save,[0]
     def full(state, f):
         n[0] += 1
@@ -154,15 +160,18 @@ def test_precision_that_was_measured(flock, tmp_path, monkeypatch):
     monkeypatch.setattr(making_learners, 'faster_precision', lambda *a: ('bf16', 2.))
     with monkeypatch.context() as m:
         m.setattr(training, 'save_encoder', lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt): call(m, 'fgsynth_train', *small, '--precision', 'auto', '--out', tmp_path/'run')
+        with pytest.raises(KeyboardInterrupt):
+            call(m, 'fgsynth_train', *small, '--precision', 'auto', '--out', tmp_path/'run')
     monkeypatch.setattr(making_learners, 'faster_precision', lambda *a: ('fp32', 1.))
     make_learner,seen = training.make_learner,[]
-    monkeypatch.setattr(training, 'make_learner', lambda items, s, *a: seen.append(s.precision) or make_learner(items, s, *a))
+    def note(items, s, *a): return seen.append(s.precision) or make_learner(items, s, *a)
+    monkeypatch.setattr(training, 'make_learner', note)
     call(monkeypatch, 'fgsynth_train', *small, '--precision', 'auto', '--out', tmp_path/'run', '--resume')
     assert seen==['bf16']
 
 @pytest.mark.parametrize('name,value,words', [
-    ('bs',1,'from 2 up'), ('epochs',0,'from 1 up'), ('lr',-.03,'above 0'), ('lr','nan','above 0'), ('momentum',2,'from 0 to 1'),
+    ('bs',1,'from 2 up'), ('epochs',0,'from 1 up'), ('lr',-.03,'above 0'), ('lr','nan','above 0'),
+    ('momentum',2,'from 0 to 1'),
     ('max_pairs',-3,'above 0'), ('beta',-1,'from 0 up'), ('lam','nan','from 0 up'), ('layer_decay',-1,'above 0'),
     ('head_mult',0,'above 0'), ('tau',-1,'from 0 up'), ('pretrain_epochs',-4,'from 0 up'), ('decoder_lr',-1,'above 0'),
     ('decoder_width',0,'from 1 up'), ('sigma_cam','inf','from 0 up')])
@@ -177,7 +186,7 @@ def names(folder): return [f.name for f in sorted(folder.iterdir())]
 
 def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
     for i in range(2): write_checkpoint(tmp_path, dict(i=i))
-    torch.save(dict(i=4, x=tmp_path), tmp_path/'000002.pt')                  # a path is no tensor; reading it would call a function
+    torch.save(dict(i=4, x=tmp_path), tmp_path/'000002.pt') # a path is no tensor; reading it would call a function
     with pytest.warns(UserWarning, match='is refused'): assert read_checkpoint(tmp_path)['i']==0
 
 def test_no_checkpoint_that_can_be_read(tmp_path):
@@ -204,7 +213,8 @@ class Pull(Callback):
 
 def encoder():
     nn = torch.nn
-    return Encoder(nn.Sequential(nn.Conv2d(3,8,3,2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(3), nn.Flatten()), 72)
+    layers = nn.Conv2d(3,8,3,2),nn.BatchNorm2d(8),nn.ReLU(),nn.AdaptiveAvgPool2d(3),nn.Flatten()
+    return Encoder(nn.Sequential(*layers), 72)
 
 @pytest.fixture(scope='module')
 def items(): return get_dataset('finches', n_train=256, n_test=8, size=32)
@@ -236,7 +246,7 @@ def resumed(items, tmp_path_factory):
 def test_checkpoints_at_steps_and_at_the_end(resumed):
     whole,again,folder = resumed
     assert_same(whole, again)
-    assert names(folder)==['000007.pt','000008.pt']                         # at steps 2, 4, ... 12; at step 16, and at the end
+    assert names(folder)==['000007.pt','000008.pt'] # at steps 2, 4, ... 12; at step 16, and at the end
     state = read_checkpoint(folder)
     assert (state['done'], state['phase'])==(True, 'fit')
 
@@ -260,7 +270,8 @@ def test_it_goes_on_only_with_the_same_fit(resumed, items):
     with pytest.raises(InputError, match=r'epochs of the fit \(3 there, 5 here\)'): other(5)
     with pytest.raises(InputError, match=r'lr \(None there, 1 here\)'): other(3, settings=dict(lr=1))
     larger = new(items, 'timm/test_byobnet')
-    with pytest.raises(InputError, match='another model or optimizer'): fit(larger, CheckpointCallback(folder, resume=True))
+    with pytest.raises(InputError, match='another model or optimizer'):
+        fit(larger, CheckpointCallback(folder, resume=True))
 
 def test_another_phase_starts_anew(items, tmp_path):
     fit(new(items), CheckpointCallback(tmp_path), n=1)
@@ -319,7 +330,8 @@ def test_a_state_that_is_not_finite_is_not_kept(items, tmp_path):
         learn = ssl_learner(ssl_dls(items, size=32, bs=32, valid_pct=.25), encoder(), cbs=list(cbs))
         with learn.no_bar(), learn.no_logging(): learn.fit(2, .01)
         return learn
-    with pytest.raises(Exception, match='queue was not finite at step 5'): go(CheckpointCallback(tmp_path, every=2), Break())
+    with pytest.raises(Exception, match='queue was not finite at step 5'):
+        go(CheckpointCallback(tmp_path, every=2), Break())
     state = read_checkpoint(tmp_path)
     assert state['train_iter']==4 and state['model']['queue'].isfinite().all()
     assert list(go(CheckpointCallback(tmp_path, resume=True)).recorder.losses)==list(go().recorder.losses)

@@ -93,8 +93,8 @@ def test_rows_of_earlier_versions_are_found():
 def test_the_key_of_a_run():
     "Column by column, with the text that has always stood there"
     key = row_key(Settings(synth='both', distance=.03, max_pairs=None, residual=False))
-    expected = dict(sigma_cam='3', distance='0.03', max_pairs='', residual='0', momentum='0.999', beta='0', absolute='0',
-                    decoder_lr='0.001', tau='0.905', pretrained='0')
+    expected = dict(sigma_cam='3', distance='0.03', max_pairs='', residual='0', momentum='0.999', beta='0',
+                    absolute='0', decoder_lr='0.001', tau='0.905', pretrained='0')
     assert {k:key[k] for k in expected}==expected
     assert row_key(Settings(method='simsiam'))['momentum']=='' and row_key(Settings(synth='within'))['tau']==''
     assert set(key)<set(run_columns)

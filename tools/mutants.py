@@ -9,10 +9,11 @@ from pathlib import Path
 
 os.environ |= dict(OMP_NUM_THREADS='1', MPLBACKEND='agg', PYTHONWARNINGS='ignore', IN_TEST='1')
 root = Path(__file__).resolve().parent.parent
-judges = {'nets.losses':'nets', 'nets.saliency':'nets', 'synth.perturb':'perturb', 'evaluate.features':'evaluate', 'evaluate.probe':'evaluate',
-          'evaluate.retrieval':'evaluate', 'evaluate.measures':'evaluate', 'methods.base':'methods',
-          'methods.mocov2':'methods', 'methods.simsiam':'methods', 'methods.learner':'learner',
-          'synth.decoding':'synth', 'synth.callbacks':'synth', 'synth.controls':'synth'}
+judges = {'nets.losses':'nets', 'nets.saliency':'nets', 'synth.perturb':'perturb', 'synth.decoding':'synth',
+          'synth.callbacks':'synth', 'synth.controls':'synth', 'evaluate.features':'evaluate',
+          'evaluate.probe':'evaluate', 'evaluate.retrieval':'evaluate', 'evaluate.measures':'evaluate',
+          'methods.base':'methods', 'methods.mocov2':'methods', 'methods.simsiam':'methods',
+          'methods.learner':'learner'}
 judges = {m:[f'tests/test_{t}.py', 'tests/test_properties.py'] for m,t in judges.items()}
 binary = 'Add_Sub Sub_Add Mul_Div Div_Mul Pow_Mul FloorDiv_Div Mod_Mul BitAnd_BitOr BitOr_BitAnd'
 compare = 'Eq_NotEq NotEq_Eq Lt_LtE LtE_Lt Gt_GtE GtE_Gt Is_IsNot IsNot_Is'

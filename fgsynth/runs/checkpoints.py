@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['write_checkpoint', 'read_checkpoint', 'to_plain', 'from_plain', 'memory_of', 'callbacks_by_name', 'random_states',
-           'set_random_states']
+           'restore_random_states']
 
 # %% ../../nbs/runs/02_checkpoints.ipynb #6d1b1e50
 import inspect, random, re, warnings, zipfile
@@ -118,7 +118,7 @@ def callbacks_by_name(
 # %% ../../nbs/runs/02_checkpoints.ipynb #9148e0e6
 def random_states(
     device:torch.device, # Where the training runs
-)->dict: # For `set_random_states`
+)->dict: # For `restore_random_states`
     "The random states of Python, NumPy, PyTorch and the device"
     name,keys,*rest = np.random.get_state()
     numpy = (name, torch.from_numpy(keys.astype(np.int64)), *rest)
@@ -127,7 +127,7 @@ def random_states(
     return res
 
 # %% ../../nbs/runs/02_checkpoints.ipynb #75f72ba6
-def set_random_states(
+def restore_random_states(
     s:dict, # From `random_states`
     device:torch.device, # Where the training runs
 ):

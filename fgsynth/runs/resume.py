@@ -11,7 +11,7 @@ from fastai.basics import *
 from ..core import InputError
 from ..distrib import draw_apart, rank, world
 from .checkpoints import callbacks_by_name, from_plain, memory_of, random_states, read_checkpoint
-from .checkpoints import set_random_states, to_plain, write_checkpoint
+from .checkpoints import restore_random_states, to_plain, write_checkpoint
 
 # %% ../../nbs/runs/03_resume.ipynb #d08bf2ea
 def parse_every(
@@ -220,7 +220,7 @@ def restore_order(self:CheckpointCallback):
     rngs,states = self.state['shuffle']
     for dl,r in zip(self.inner_loaders(), rngs):
         if r: dl.rng.setstate(r)
-    set_random_states(states, self.device()) # PyTorch's own loaders and worker processes take their order from these
+    restore_random_states(states, self.device()) # PyTorch's own loaders take their order from these
 
 # %% ../../nbs/runs/03_resume.ipynb #10b89fbd
 @patch
@@ -249,5 +249,5 @@ def enter_batch(self:CheckpointCallback):
     for n,p in self.model.named_parameters():
         if n in s['grads']: p.grad = torch.zeros_like(p) if s['grads'][n] is None else s['grads'][n].to(p.device)
     if s['scaler']: self.learn.scaler.load_state_dict(s['scaler'])
-    set_random_states(s['random'], self.device())
+    restore_random_states(s['random'], self.device())
     draw_apart(self.train_iter)
