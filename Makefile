@@ -32,11 +32,11 @@ QUIETLY := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 PYTHONWARNINGS=ignore MPLBACKEND=
 test: $(READY)  ## run every notebook (nbdev_test) and tests/ (pytest); ends with "N passed, N failed"
 	@failed=0; \
 	$(QUIETLY) $(BIN)/nbdev_test --n_workers $(WORKERS) --timing || failed=1; \
-	$(QUIETLY) $(BIN)/python -m pytest tests -n $(WORKERS) --dist loadfile -q -rs || failed=1; \
+	$(QUIETLY) $(BIN)/python -m pytest tests -n $(WORKERS) --dist worksteal -q -rs || failed=1; \
 	exit $$failed
 
 coverage: $(READY)  ## how many lines of the modules tests/ runs
-	@$(QUIETLY) $(BIN)/python -m pytest tests -n $(WORKERS) --dist loadfile -q --cov --cov-report=term:skip-covered
+	@$(QUIETLY) $(BIN)/python -m pytest tests -n $(WORKERS) --dist worksteal -q --cov --cov-report=term:skip-covered
 
 mutants: $(READY)  ## change the modules one operator at a time: which changes does no test notice? (hours)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'cosmic-ray>=8.4'

@@ -34,6 +34,7 @@ def start(out, kind=None, n=0):
     if pid := os.fork(): return pid
     try:
         with open(out.with_suffix('.log'), 'a') as f: os.dup2(f.fileno(), 1); os.dup2(f.fileno(), 2)
+        sys.stdout.reconfigure(line_buffering=True)                          # what was said before a death is kept
         if kind: trap(kind, n)
         training.train(out=str(out), resume=True, **settings)
         sys.stdout.flush(); os._exit(0)
@@ -63,7 +64,9 @@ def main(top):
     training.run_items = lambda *args: items
     code = ended(start(top/'whole')); assert code==0, (top/'whole.log').read_text()[-3000:]
     rng = random.Random(0)
-    for kind in rng.sample(kinds, len(kinds)): kill(top/'killed', rng, kind)
+    order = rng.sample(kinds, len(kinds))
+    order.insert(0, order.pop(order.index('renamed, old not deleted'))) # the first within the decoder's few steps
+    for kind in order: kill(top/'killed', rng, kind)
     code = ended(start(top/'killed')); assert code==0, (top/'killed.log').read_text()[-3000:]
 
 if __name__=='__main__':

@@ -54,8 +54,8 @@ def before_fit(self:HealthCallback):
     from_last = reversed(list(self.model.named_parameters()))
     self.grads = {f'the gradient of {n}':p for n,p in from_last if p.numel()}
     self.first_bad = {}
-    self.bank = None if self.watch else getattr(net, 'bank', None) # one that only stands by does not age
-    if self.bank is not None and not self.bank_sizes: self.bank_sizes = [[self.n_steps, int(self.bank.count)]]
+    self.memory = None if self.watch else getattr(net, 'bank', None) # one that only stands by does not age
+    if self.memory is not None and not self.bank_sizes: self.bank_sizes = [[self.n_steps, int(self.memory.count)]]
 
 # %% ../../nbs/methods/06_health.ipynb #a0a9df48
 @patch
@@ -123,9 +123,9 @@ def warn_once(self:HealthCallback, kind): # One of `_warnings`
 @patch
 def look_at_bank(self:HealthCallback):
     "Warn if the oldest vectors in the bank are too old"
-    count = int(self.bank.count)
+    count = int(self.memory.count)
     self.bank_sizes.append([self.n_steps, count])
-    while len(self.bank_sizes)>1 and self.bank_sizes[1][1]<=count-self.bank.size: # vectors that were overwritten
+    while len(self.bank_sizes)>1 and self.bank_sizes[1][1]<=count-self.memory.size: # vectors that were overwritten
         self.bank_sizes.pop(0)
     if self.n_steps-self.bank_sizes[0][0]>self.stale: self.warn_once('bank')
 
@@ -140,7 +140,7 @@ def look(self:HealthCallback):
                          "check the images and the start, or lower the learning rate.")
     for kind,(_,most) in self.in_a_row.items():
         if int(most)>=self.patience: self.warn_once(kind)
-    if self.bank is not None: self.look_at_bank()
+    if self.memory is not None: self.look_at_bank()
 
 # %% ../../nbs/methods/06_health.ipynb #5907ee80
 @patch
