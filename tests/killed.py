@@ -8,7 +8,7 @@ from fgsynth.data.datasets import get_dataset
 from fgsynth.runs import train as training
 
 kinds = ['anytime']*4 + ['after']*8 + ['half written','written','renamed','renamed, old not deleted']*2
-settings = dict(arch='timm/test_byobnet', size=32, bs=32, epochs=6, pretrain_epochs=4, decoder_width=8, save_every=1)
+settings = dict(arch='timm/test_byobnet', size=32, bs=32, epochs=9, pretrain_epochs=1, decoder_width=8, save_every=1)
 
 def die(): os.kill(os.getpid(), signal.SIGKILL)
 
