@@ -14,14 +14,17 @@ from ..data.images import float_images, load_images
 from ..nets.encoders import eval_mode
 
 # %% ../../nbs/evaluate/00_features.ipynb #2519b7a5
+def _check_size(size):
+    if size is None:
+        raise InputError("Images given as files need a size: pass `size=` in pixels.")
+
 def _batches(images, bs, size):
     "Batches of images as they come: uint8 or float tensors (b, 3, H, W)"
     if isinstance(images, Tensor): yield from images.split(bs)
     elif hasattr(images, 'dataset') or not hasattr(images, '__getitem__'): # a loader, or a generator
         for b in images: yield b if isinstance(b, Tensor) else b[0]
     else:
-        if len(images) and size is None:
-            raise InputError("Images given as files need a size: pass `size=` in pixels.")
+        if len(images): _check_size(size)
         for i in range(0, len(images), bs): yield load_images(images[i:i+bs], size)[0]
 
 # %% ../../nbs/evaluate/00_features.ipynb #1390d944
@@ -96,10 +99,8 @@ def labelled_split(
 )->tuple: # Images (N, 3, S, S) uint8, labels (N,), and the positions (N,) of these images in the split
     "The readable images of a split, and their labels"
     images,labels = _images_and_labels(items, split)
-    if size is None:
-        if not isinstance(images, Tensor):
-            raise InputError("Images given as files need a size: pass `size=` in pixels.")
-        size = images.shape[-1]
+    if size is None and isinstance(images, Tensor): size = images.shape[-1]
+    _check_size(size)
     x,good = items.load(split, size)
     return x, labels[good], good
 

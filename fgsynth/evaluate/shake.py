@@ -9,7 +9,6 @@ __all__ = ['shake_kinds', 'match_distance', 'shake_test']
 import warnings, pandas as pd
 from fastai.basics import *
 from ..data.images import float_images
-from ..nets.losses import info_nce
 from ..synth.perturb import cam_scores
 from .features import features
 from .probe import fit_probe, top_k
@@ -89,13 +88,11 @@ def _train_on_frozen(learn, pretrain_epochs, head_epochs, head_lr):
 # %% ../../nbs/evaluate/05_shake.ipynb #cf610eed
 def _scores_by_target(learn, z, x):
     "Grad-CAM scores (N, d) of features of images `x`, unscaled, against one view of each"
-    net,dev = learn.model,next(learn.model.parameters()).device
+    net,saliency,dev = learn.model,learn.ssl.saliency(),next(learn.model.parameters()).device
     key = net.projector(features(net.encoder, learn.ssl.views(float_images(x))[1]).to(dev))
     def score(target):
         q = z.detach().to(dev).requires_grad_()
-        with torch.enable_grad():
-            loss = info_nce(net.projector(q), key, net.queue, learn.ssl.temperature, reduction='sum')
-            return cam_scores(loss, q, target).cpu()
+        with torch.enable_grad(): return cam_scores(saliency(q, key), q, target).cpu()
     return {target:score(target) for target in ('-loss','loss','abs')}
 
 # %% ../../nbs/evaluate/05_shake.ipynb #14ebefc1

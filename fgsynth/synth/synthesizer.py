@@ -74,8 +74,7 @@ def from_learner(cls:Synthesizer,
     bank,callback = getattr(net, 'bank', None),getattr(learn, 'perturb', None)
     v,unit = (None, 1.) if bank is None else (bank.std(), bank.unit())
     if callback and not callback.relative: unit = 1.
-    with torch.no_grad(), eval_mode(net):
-        saliency = saliency_for_pictures(learn.ssl.saliency(), _known_features(bank))
+    saliency = saliency_for_pictures(learn.ssl.saliency(), _known_features(bank))
     return deepcopy(cls(net.encoder, net.decoder, saliency, v, unit, **_noise_of(callback, bank)))
 
 # %% ../../nbs/synth/03_synthesizer.ipynb #98b0bdb9
