@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fastcore.basics import ifnone, patch
 from fastcore.foundation import L
 from ..core import InputError
-from .images import load_images
+from .images import load_images, load_whole
 
 # %% ../../nbs/data/05_items.ipynb #a9f57770
 @dataclass(eq=False, repr=False)
@@ -45,13 +45,16 @@ def __repr__(self:Items):
 def load(self:Items,
     split:str, # 'train' or 'test'
     size:int, # Side of the images, in pixels
-    num_workers:int=None # Decoding threads
-)->tuple: # As `load_images`
-    "`load_images` of one split, kept for the next call"
+    num_workers:int=None, # Decoding threads
+    whole:bool=False, # The whole pictures, squashed to squares?
+)->tuple: # As `load_images`, or `load_whole`
+    "`load_images` of one split, or `load_whole`, kept for the next call"
     images,kept = getattr(self, split),self.__dict__.setdefault('_kept', {})
-    if split not in kept or kept[split][0] is not images or kept[split][1]!=size:
-        kept[split] = images,size,load_images(images, size, num_workers, cache_dir=self.cache_dir)
-    return kept[split][2]
+    key = split,whole
+    if key not in kept or kept[key][0] is not images or kept[key][1]!=size:
+        read = load_whole if whole else load_images
+        kept[key] = images,size,read(images, size, num_workers, cache_dir=self.cache_dir)
+    return kept[key][2]
 
 # %% ../../nbs/data/05_items.ipynb #5528f72e
 @patch

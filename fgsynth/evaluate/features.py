@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from ..core import InputError
 from ..distrib import gather_uneven, own_rows, world
+from ..data.crops import CutImages, kept_side
 from ..data.images import float_images, load_images
 from ..nets.encoders import eval_mode
 
@@ -96,12 +97,16 @@ def labelled_split(
     items, # `Items`
     split:str, # 'train' or 'test'
     size:int, # Side of the images in pixels; None: as they are, where they are a tensor
+    keep:float=1., # Above 1 they remember the whole pictures, for random crops: see `kept_side`
 )->tuple: # Images (N, 3, S, S) uint8, labels (N,), and the positions (N,) of these images in the split
     "The readable images of a split, and their labels"
     images,labels = _images_and_labels(items, split)
     if size is None and isinstance(images, Tensor): size = images.shape[-1]
     _check_size(size)
     x,good = items.load(split, size)
+    if side := kept_side(images, size, keep):
+        whole,_,aspect = items.load(split, side, whole=True)
+        x = x.as_subclass(CutImages).remember(whole, aspect)
     return x, labels[good], good
 
 # %% ../../nbs/evaluate/00_features.ipynb #ca18bb70

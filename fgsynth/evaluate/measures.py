@@ -63,11 +63,13 @@ def evaluate(
     distributed:bool=False, # Images and queries shared out over the processes, all of which call this?
     augment:bool=False, # Probe through new random crops in every epoch (full protocol)?
     flip:float=0.5, # Probability of mirroring these crops; 0 for images such as traffic signs
+    keep:float=2., # Side of the pictures that these crops are cut from, as a multiple of `size`
     **kw, # Passed to `fit_probe`
 )->dict: # 'top1_100' and so on by `pcts`, 'decoded_top1' with a decoder, and `search_measures`; in percent
     "Linear probe, retrieval and kNN from one pass over the images"
     say = progress or (lambda s: None)
-    (x,y,good),(x_test,y_test,_) = [labelled_split(items, s, size) for s in ('train','test')]
+    x_test,y_test,_ = labelled_split(items, 'test', size)
+    x,y,good = labelled_split(items, 'train', size, keep if augment else 1.)
     z,z_test = [features(encoder, o, bs=bs, device=device, distributed=distributed) for o in (x,x_test)]
     say(f'features of {len(z):,} training and {len(z_test):,} test images')
     res,n_classes = {}, int(max(y.max(), y_test.max()))+1

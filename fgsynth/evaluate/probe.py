@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from fastcore.all import patch
 from fastai.learner import Learner
 from ..core import InputError, check_name
-from ..data.images import float_images
 from ..data.items import label_fraction
 from ..data.views import Views
 from .features import ask_encoder, check_features, encoder_device, features, labelled_split
@@ -122,7 +121,7 @@ _scale,_ratio = (0.08,1.),(3/4,4/3) # torchvision's, which MoCo's main_lincls.py
 @contextmanager
 def fresh_crops(
     encoder:nn.Module, # Maps images (B, 3, S, S) in [0, 1] to (B, d)
-    x:Tensor, # Training images (N, 3, S, S)
+    x:Tensor, # Training images (N, 3, S, S), `CutImages` or not
     seed:int, # Of the crops; the global generator is not disturbed
     flip:float, # Probability of mirroring
     bs:int, # Images at a time
@@ -134,12 +133,12 @@ def fresh_crops(
     dev = encoder_device(encoder)
     with torch.random.fork_rng([dev] if dev.type=='cuda' else []):
         torch.manual_seed(seed)
-        yield lambda i: features(encoder, views(float_images(x[i].to(dev)))[0], bs=bs)
+        yield lambda i: features(encoder, views(x[i].to(dev))[0], bs=bs)
 
 # %% ../../nbs/evaluate/01_probe.ipynb #53e92341
-def _probe_images(items, pct, seed, size):
+def _probe_images(items, pct, seed, size, keep):
     "A share of the labelled training images, and the test images: x, y, x_test, y_test"
-    x,y,good = labelled_split(items, 'train', size)
+    x,y,good = labelled_split(items, 'train', size, keep)
     x_test,y_test,_ = labelled_split(items, 'test', size)
     keep = torch.isin(good, label_fraction(items, pct, seed))
     return x[keep], y[keep], x_test, y_test
@@ -158,13 +157,14 @@ def linear_probe(
     scale:tuple=_scale, # Range of the crop's area where `augment` (MoCo's main_lincls.py)
     ratio:tuple=_ratio, # Range of its width over its height (the same)
     flip:float=0.5, # Probability of mirroring where `augment`; 0 for images such as traffic signs
+    keep:float=2., # Side of the pictures that crops are cut from where `augment`, as a multiple of `size`
     top5:bool=False, # Return `(top1, top5)`?
     bs:int=256, # Largest size of a batch (appendix B.3: 256)
     device=None, # Where the encoder runs; None: where it is
     distributed:bool=False, # As in `features`; the crops of `augment` are not shared out
 ): # Top-1 in percent, or the pair
     "Linear probe of a frozen encoder by the protocol of the paper's appendix B.3"
-    x,y,x_test,y_test = _probe_images(items, pct, seed, size)
+    x,y,x_test,y_test = _probe_images(items, pct, seed, size, keep if augment else 1.)
     z,z_test = [features(encoder, o, device=device, distributed=distributed) for o in (x,x_test)]
     kw = dict(seed=seed, epochs=epochs, lr=lr, schedule=schedule, bs=bs, top5=top5)
     kw['n_classes'] = int(max(y.max(), y_test.max()))+1

@@ -13,6 +13,7 @@ from fastai.basics import *
 from torch.nn.modules.batchnorm import _BatchNorm
 from ..core import InputError
 from ..distrib import broadcast, draw_apart, fastai_distributed, gather_with_grad, mean_over_processes, world
+from ..data.crops import CutImages
 from ..data.images import float_images
 from ..data.views import ViewSet, Views, mocov2_views, whole_views
 from ..nets.encoders import num_features, stages
@@ -251,7 +252,7 @@ def criterion(self:SSLMethod, pred, *yb): return self.loss(*pred)
 def before_batch(self:SSLMethod):
     self.learn.terms = {}
     x = self.learn.xb[0]
-    self.clean = float_images(x, self.size)
+    self.clean = x if isinstance(x, CutImages) and x.shape[-1]==self.size else float_images(x, self.size)
     self.learn.xb = self.views(x)
 
 # %% ../../nbs/methods/00_base.ipynb #9e8fe6e2

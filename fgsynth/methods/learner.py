@@ -176,7 +176,7 @@ def show_batch(self:Learner,
     "Clean images in the first row, the views of the method below them"
     method = getattr(self, 'ssl', None)
     if not isinstance(method, SSLMethod): return self.dls.show_batch(max_n=max_n)
-    x = self.dls.train.one_batch()[0][:max_n].as_subclass(Tensor)
+    x = self.dls.train.one_batch()[0][:max_n]
     rows = [float_images(x, method.size), *method.views(x)]
     _,axs = plt.subplots(len(rows), len(x), figsize=figsize or (1.3*len(x), 1.3*len(rows)), squeeze=False)
     for i,images in enumerate(rows): _show_row(axs[i], images, f'view {i}' if i else 'clean')

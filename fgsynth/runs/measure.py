@@ -58,7 +58,7 @@ def evaluate_run(
     items = run_items(data, path, s['size'])
     encoder = load_encoder(run/'encoder.safetensors').to(join_processes())
     measures = evaluate(encoder, items, s['size'], seed=seed, progress=noop if rank() else print, distributed=True,
-                        augment=augment, flip=flip)
+                        augment=augment, flip=flip, keep=s.get('keep', 1.))
     row = dict(method=s['method'], synth=s['synth'], seed=s['seed'], epochs=s['epochs'], data=items.name,
                **measures, seconds=s['seconds'])
     if not rank(): write_measures(run, s, row, encoder, items)

@@ -107,6 +107,7 @@ class Settings:
         preset:str=None, # Settings for what is not given here: paper, cpu, smoke, ..., or your own file, *.toml
         arch:str='resnet18', # Encoder: any classifier of torchvision or timm
         size:int=64, # Height and width of the images in pixels, 32 or more
+        keep:float=2., # Side of the pictures that views are cut from, as a multiple of `size`; 1: centre squares
         bs:int=128, # Images in a batch
         method:str='mocov2', # Self-supervised method: mocov2, simsiam, simclr, byol or dino
         synth:str='both', # Pairs: none, both (paper), cam, low_var, random; reconstruction, jitter, views or within
@@ -185,7 +186,7 @@ def pair_settings(self:Settings)->dict: # Arguments of `synth_callbacks`
     return {**mine, 'residual':bool(self.residual), 'relative':not self.absolute}
 
 # %% ../../nbs/runs/00_presets.ipynb #5838ac37
-_at_least = dict(epochs=1, bs=2, size=1, decoder_width=1, decoder_grid=1, decoder_draw=1,
+_at_least = dict(epochs=1, bs=2, size=1, keep=1, decoder_width=1, decoder_grid=1, decoder_draw=1,
                  pretrain_epochs=0, frozen_stages=0, sigma_cam=0, sigma_var=0, tau=0, lam=0, beta=0)
 _above_zero = 'lr','head_mult','layer_decay','max_pairs','decoder_lr','distance'
 

@@ -48,7 +48,7 @@ def make_learner(
     "The learner of a run, before training"
     cbs = synth_callbacks(synth or s.synth, **s.pair_settings())
     set_seed(s.seed)
-    dls = ssl_dls(items, size=s.size, bs=s.bs)
+    dls = ssl_dls(items, size=s.size, bs=s.bs, keep=s.keep)
     return ssl_learner(dls, s.arch, _method(s), cbs=cbs, pretrained=s.pretrained, weights=s.weights,
                        frozen_bn=None if s.frozen_bn is None else bool(s.frozen_bn), precision=s.precision,
                        frozen_stages=s.frozen_stages, by_stage=s.layer_decay!=1)
@@ -89,13 +89,15 @@ def run_facts(
     return json.loads(json.dumps(facts, default=str))
 
 # %% ../../nbs/runs/04_train.ipynb #afd34dac
+_before = dict(keep=1.) # what a setting was before there was one
+
 def run_to_resume(
     out:Path, # Folder of a run
     facts:dict, # From `run_facts`
 )->dict: # What is in its settings.json
     "The settings of a run that is to go on, if it is the same run"
     there = read_json(out/'settings.json')
-    check_same({k:there.get(k) for k in facts}, facts, f"The run in {str(out)!r}")
+    check_same({k:there.get(k, _before.get(k)) for k in facts}, facts, f"The run in {str(out)!r}")
     return there
 
 # %% ../../nbs/runs/04_train.ipynb #ec5caee6

@@ -56,8 +56,8 @@ def images_to_show(
 ): # (B, 3, S, S) in [0, 1], on the learner's device
     "Images to look at, the same at every call"
     if x is None:
-        ds,prepare = learn.dls.train_ds,learn.dls.train.after_batch
-        x = torch.stack([prepare((ds[i][0][None], tensor([i])))[0][0] for i in range(min(n, len(ds)))])
+        dl,ds = learn.dls.train,learn.dls.train_ds
+        x = dl.after_batch(dl.do_batch([ds[i] for i in range(min(n, len(ds)))]))[0]
     return float_images(x.to(learn.dls.device), learn.dls.size)
 
 # %% ../../nbs/show/00_pictures.ipynb #0338136d
