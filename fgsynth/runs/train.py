@@ -22,7 +22,7 @@ from ..methods.learner import methods, ssl_learner
 from ..synth.decoding import needs_pretraining, pretrain_where_needed
 from ..synth.controls import synth_callbacks
 from ..show.pictures import history
-from .presets import Settings
+from .presets import Settings, takes_settings
 from .report import check_run_folder, example_images, open_run, save_pictures, versions, write_report
 from .report import writing_run
 from .checkpoints import read_checkpoint
@@ -224,7 +224,7 @@ def _decoder_cost(learn, s, steps, passes):
     return seconds, _cost('decoder', s.pretrain_epochs, n, draw, seconds)
 
 # %% ../../nbs/runs/04_train.ipynb #d0c71d38
-@delegates(Settings)
+@takes_settings
 def train(*,
     out:str='runs/last', # Folder for everything about the run
     overwrite:store_true=False, # Replace a run that is already in that folder
