@@ -18,9 +18,10 @@ from .data.folders import *
 from .data.sources import *
 from .data.readers import *
 from .data.datasets import *
-from .data.loaders import *
 from .data.check import *
+from .data.crops import *
 from .data.views import *
+from .data.loaders import *
 
 # %% ../nbs/04_all.ipynb #3f562bbe
 from .nets.encoders import *
