@@ -6,8 +6,9 @@ from fastai.vision.all import L, TensorImage
 from PIL import Image
 from torchvision.transforms import CenterCrop, InterpolationMode, RandomResizedCrop, Resize
 from fgsynth.core import InputError
-from fgsynth.data.crops import CutImages, crop, cut_images, kept_side, random_box, squash_box
+from fgsynth.data.crops import crop, cut_images, kept_side, random_box, squash_box
 from fgsynth.data.images import decode_image, decode_whole
+from fgsynth.data.datasets import get_dataset
 from fgsynth.data.items import Items
 from fgsynth.data.loaders import labelled_dls, ssl_dls
 from fgsynth.data.views import Views, ViewSet
@@ -45,7 +46,7 @@ def loaders(items, tmp_path, **kw):
     "In memory, from a cache, and decoded by worker processes"
     kept = Items('kept', items.train, items.test, cache_dir=tmp_path)
     return [ssl_dls(items, 32, 6, **kw), ssl_dls(kept, 32, 6, **kw), ssl_dls(kept, 32, 6, **kw),
-            ssl_dls(items, 32, 6, cache=False, num_workers=0, **kw), ssl_dls(items, 32, 6, cache=False, num_workers=2, **kw)]
+            *(ssl_dls(items, 32, 6, cache=False, num_workers=n, **kw) for n in (0,2))]
 
 @pytest.mark.parametrize('keep', [2, 4])
 def test_views_are_torchvisions_crops_of_the_files(items, tmp_path, keep):
@@ -91,7 +92,8 @@ def test_detail_survives_until_the_crop(tmp_path):
     Image.fromarray(stripes).save(tmp_path/'stripes.png')
     items = Items('stripes', L([tmp_path/'stripes.png']*2), L())
     close = Views(32, n=1, scale=(1/16,1/16), ratio=(1.,1.), flip=0, p_jitter=0, p_grey=0, p_blur=0)
-    contrast = {k:float(close(ssl_dls(items, 32, 2, keep=k).one_batch()[0])[0][...,4:-4].std(-1).mean()) for k in (1,2,4)}
+    crops = {k:close(ssl_dls(items, 32, 2, keep=k).one_batch()[0])[0] for k in (1,2,4)}
+    contrast = {k:float(o[...,4:-4].std(-1).mean()) for k,o in crops.items()}
     assert contrast[1]<.05 and contrast[4]>.2 and contrast[1]<contrast[2]<contrast[4]
 
 def test_sides_of_a_wide_picture_are_seen(tmp_path):
@@ -129,20 +131,24 @@ def x():
     whole = torch.arange(6, dtype=torch.uint8)[:,None,None,None].expand(6,3,64,64)*40
     return cut_images(whole, torch.linspace(.5, 3, 6), 32)
 
-def remembers(x): return x.whole is not None and x.whole[:,0,0,0].equal((x[:,0,16,16].as_subclass(torch.Tensor)*255).round().byte())
+def remembers(x):
+    grey = (x[:,0,16,16].as_subclass(torch.Tensor)*255).round().byte()
+    return x.whole is not None and x.whole[:,0,0,0].equal(grey)
 
-@pytest.mark.parametrize('take', [lambda x: x[:3], lambda x: x[[4,1]], lambda x: x[t([5,0,2])], lambda x: x[t([True,False]*3)],
-    lambda x: x[::2], lambda x: x[-2:], lambda x: x.clone(), lambda x: x.detach(), lambda x: x.to('cpu'), lambda x: x.cpu(),
-    lambda x: x.to(torch.float64), lambda x: x.contiguous(memory_format=torch.channels_last), copy.deepcopy,
-    lambda x: pickle.loads(pickle.dumps(x)), lambda x: x[1:][t([2,0])]])
+@pytest.mark.parametrize('take', [
+    lambda x: x[:3], lambda x: x[[4,1]], lambda x: x[t([5,0,2])], lambda x: x[t([True,False]*3)], lambda x: x[::2],
+    lambda x: x[-2:], lambda x: x[1:][t([2,0])], lambda x: x.clone(), lambda x: x.detach(), lambda x: x.to('cpu'),
+    lambda x: x.cpu(), lambda x: x.to(torch.float64), lambda x: x.contiguous(memory_format=torch.channels_last),
+    copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
 def test_images_taken_out_keep_their_own_pictures(x, take):
     got = take(x)
     assert remembers(got) and len(got.aspect)==len(got)
     assert len(Views(32)(got)[0])==len(got)
 
-@pytest.mark.parametrize('compute', [lambda x: x*1, lambda x: x.flip(0), lambda x: torch.cat([x,x]), lambda x: x[:,:,:8], lambda x: x[0],
-    lambda x: x[:2,:], lambda x: x.roll(1,0), lambda x: torch.index_select(x, 0, t([1])), lambda x: x.float().mul(.5), lambda x: x.split(2)[1],
-    lambda x: next(iter(x)), lambda x: x.unsqueeze(0)])
+@pytest.mark.parametrize('compute', [
+    lambda x: x*1, lambda x: x.flip(0), lambda x: torch.cat([x,x]), lambda x: x[:,:,:8], lambda x: x[0],
+    lambda x: x[:2,:], lambda x: x.roll(1,0), lambda x: torch.index_select(x, 0, t([1])), lambda x: x.mul(.5),
+    lambda x: x.split(2)[1], lambda x: next(iter(x)), lambda x: x.unsqueeze(0)])
 def test_results_of_computations_forget(x, compute): assert getattr(compute(x), 'whole', None) is None
 
 def test_views_of_several_kinds_and_types(x):
@@ -163,12 +169,10 @@ def test_methods_train_on_them_and_third_views_come_from_the_pictures(items):
     assert learn.ssl.view(learn.ssl.clean).shape==(3,3,32,32)
 
 def test_labelled_batches_and_the_probes_crops_see_the_sides(tmp_path):
-    for split in 'train','test':
-        for c in 'ab':
-            (tmp_path/split/c).mkdir(parents=True)
-            for i in range(4):
-                im = solid(red, (300,100)); im.paste(solid(green, (100,100)), (100,0)); im.save(tmp_path/split/c/f'{i}.png')
-    from fgsynth.data.datasets import get_dataset
+    im = solid(red, (300,100)); im.paste(solid(green, (100,100)), (100,0))
+    for folder in 'train/a','train/b','test/a','test/b':
+        (tmp_path/folder).mkdir(parents=True)
+        for i in range(4): im.save(tmp_path/folder/f'{i}.png')
     items = get_dataset(tmp_path)
     x,y = labelled_dls(items, 32, 8, keep=2).one_batch()
     assert x.whole.shape==(8,3,64,64) and y.shape==(8,)

@@ -150,7 +150,7 @@ def warn_unreadable(
 
 # %% ../../nbs/data/04_images.ipynb #1be68cde
 def _decode_into(out, images, num_workers, progress, aspects=None):
-    "Decode files into `out`, the readable ones first, whole where `aspects` takes their shapes; returns their positions"
+    "Decode files into `out`, whole if `aspects` is to take their shapes; returns positions of the readable ones"
     n,size = len(images),out.shape[-1]
     readable = torch.zeros(n, dtype=torch.bool)
     def decode(i):

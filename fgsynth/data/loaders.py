@@ -48,7 +48,7 @@ def __getitem__(self:ImageDS, i):
 def _item(self:ImageDS, x, i, aspect):
     return (TensorImage(x), self.y[i]) + (() if self.side is None else (torch.as_tensor(aspect, dtype=torch.float32),))
 
-# %% ../../nbs/data/13_loaders.ipynb #4ba01d69
+# %% ../../nbs/data/13_loaders.ipynb #7805de16
 @patch
 def _resized(self:ImageDS, i):
     "The image in memory at `i`, brought to size"
@@ -56,7 +56,6 @@ def _resized(self:ImageDS, i):
     if self.side is None: return self._item(resize_square(x, self.size)[0], i, None)
     return self._item(squash(x, self.side)[0], i, x.shape[-1]/x.shape[-2])
 
-# %% ../../nbs/data/13_loaders.ipynb #7805de16
 @patch
 def _read(self:ImageDS, i):
     "Decode the file at `i`, or in several processes the next one that can be read"
