@@ -14,7 +14,7 @@ from ..core import InputError
 from .images import name_some
 from .items import Items, check_labels, choose_per_class, class_name
 from .annotations import name_finder, read_labels
-from .folders import find_images, is_output, list_images, warn_user
+from .folders import find_images, is_output, warn_user
 
 # %% ../../nbs/data/06_layouts.ipynb #b5bdf471
 def split_items(
@@ -104,12 +104,13 @@ def _why_unlabelled(dirs):
     return 'the images lie in folders within folders, any of which may be the classes'
 
 # %% ../../nbs/data/06_layouts.ipynb #6e01e01e
-def _warn_of_empty(files, classes):
+def _warn_of_empty(files, classes, images):
     "Warn of folders without images beside those of the classes"
+    full = {o for d in {f.parent for f in images} for o in (d, *d.parents)}
     for folder in sorted({f.parent.parent for f,c in zip(files, classes) if f.parent.name==c}):
         known = {*classes, '__MACOSX'}
         beside = [d for d in folder.iterdir() if d.is_dir() and d.name[0]!='.' and d.name not in known]
-        if empty := sorted(d.name for d in beside if not list_images(d) and not is_output(d)):
+        if empty := sorted(d.name for d in beside if d not in full and not is_output(d)):
             warn_user(f"No image lies in {len(empty)} of the {len(set(classes))+len(empty)} class folders in {folder}, "
                       f"which are left out: {name_some(empty)}")
 
@@ -127,13 +128,13 @@ def _warn_of_strays(files, dirs):
 class _Layout:
     "What the images of a folder are for, and the folders that may be their classes"
     def __init__(self, path):
-        self.path,images = path,find_images(path)
-        inside = [f.relative_to(path).parts[:-1] for f in images]
+        self.path,self.images = path,find_images(path)
+        inside = [f.relative_to(path).parts[:-1] for f in self.images]
         said = _read_splits(set(inside))
         self.words = {k:sorted({w for s,w,_ in said.values() if s==k and w}) for k in ('train','test','val')}
         role = {'train':'train', 'test':'test', 'val':'unused' if self.words['test'] else 'test'}
         self.parts = {k:([],[]) for k in ('train','test','unused','beside')}
-        for f,d in zip(images, inside):
+        for f,d in zip(self.images, inside):
             k,_,rest = said[d]
             for to,what in zip(self.parts[role.get(k, 'beside')], (f,rest)): to.append(what)
 
@@ -211,9 +212,9 @@ def items(self:_Layout, name, test_pct, seed):
     "`Items`, labelled as far as there are class folders"
     found = self.classes()
     self.warn(*found)
-    for o,names in zip(('train','test'), found):
-        if names: _warn_of_empty(self.files(o), names)
-        elif self.files(o): _warn_of_strays(*self.parts[o])
+    for files,dirs in (self.parts[o] for o in ('train','test') if self.files(o)):
+        if names := _class_folders(dirs): _warn_of_empty(files, names, self.images)
+        else: _warn_of_strays(files, dirs)
     classes = sorted({class_name(c) for names in found for c in names or ()})
     files,labels = [self.files(o) for o in ('train','test')],[_numbers(classes, o) for o in found]
     if hold_out := labels[0] is not None and not self.has_split():
