@@ -14,7 +14,9 @@ from .data.drawing import *
 from .data.finches import *
 from .data.images import *
 from .data.items import *
+from .data.annotations import *
 from .data.folders import *
+from .data.layouts import *
 from .data.sources import *
 from .data.readers import *
 from .data.datasets import *
@@ -68,6 +70,7 @@ from .own.index import *
 from .own.search import *
 from .own.label import *
 from .own.export import *
+from .own.near import *
 
 # %% ../nbs/04_all.ipynb #e573876f
 __all__ = [n for n in globals() if not n.startswith('_')]

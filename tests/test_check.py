@@ -1,11 +1,16 @@
 "What is said about a data set, by `check_data` and by the command fgsynth_data"
-import shutil
+import shutil, sys
 from pathlib import Path
-import pytest
+import numpy as np, pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from conftest import call
 from fgsynth.data.check import check_data
 from fgsynth.data.datasets import data_sets, get_dataset
-from tiny import save, write
+from fgsynth.data.finches import finches
+from tiny import red, save, write
+
+def picture(bird): return Image.fromarray(bird.image.permute(1,2,0).numpy())
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
@@ -59,6 +64,71 @@ def test_images_in_memory_are_compared(folder):
     items.test[3] = items.train[7]; check = check_data(items)
     assert check.leaks==[[('train',7),('test',3)]]
     assert len(check.contradictions)==int(items.train_labels[7]!=items.test_labels[3])
+
+def as_exif(im, f): # lying on its side, with a flag that says so
+    turned = Image.Exif(); turned[0x0112] = 6
+    im.rotate(90, expand=True).save(f.with_suffix('.png'), exif=turned)
+    return f.with_suffix('.png')
+
+def as_text(im, f):
+    info = PngInfo(); info.add_text('Comment', 'another one')
+    im.save(f.with_suffix('.png'), pnginfo=info, compress_level=1)
+    return f.with_suffix('.png')
+
+def as_format(suffix, mode='RGB', **kw):
+    def save(im, f): im.convert(mode).save(f.with_suffix(suffix), **kw); return f.with_suffix(suffix)
+    return save
+
+def as_jpeg(im, f): # the coefficients of a.jpg and a comment
+    im.save(f.parent.parent/'train/a.jpg'); data = (f.parent.parent/'train/a.jpg').read_bytes()
+    f.with_suffix('.jpg').write_bytes(data[:2] + b'\xff\xfe\0\x06seen' + data[2:])
+    return f.with_suffix('.jpg')
+
+copies = dict(comment=as_text, orientation=as_exif, jpeg=as_jpeg, bmp=as_format('.bmp'), tiff=as_format('.tif'),
+              ppm=as_format('.ppm'), webp=as_format('.webp', lossless=True), alpha=as_format('.png', 'RGBA'))
+
+@pytest.mark.parametrize('how', copies)
+def test_the_same_pixels_are_found_whatever_else_is_in_the_file(tmp_path, how):
+    birds = [picture(b) for b in finches(6, 40, n_species=2, seed=5)]
+    for i,im in enumerate(birds):
+        d = tmp_path/('train' if i<3 else 'test'); d.mkdir(exist_ok=True); im.save(d/f'{i}.png')
+    copy = copies[how](birds[0], tmp_path/'test/copy')
+    check = check_data(tmp_path)
+    assert names(check, check.leaks)==[['a.jpg' if how=='jpeg' else '0.png', copy.name]]
+
+def test_other_pixels_are_not_the_same(tmp_path):
+    "One pixel, the last bit of 16, or another shape of the same bytes"
+    a = np.arange(1600, dtype=np.uint16).reshape(40, 40)*40
+    pairs = {'pixel':(a.astype(np.uint8), np.where(np.arange(1600).reshape(40, 40)==77, 9, a.astype(np.uint8))),
+             'bit':(a, a^1), 'shape':(a.astype(np.uint8), a.astype(np.uint8).reshape(20, 80))}
+    for k,(b,c) in pairs.items():
+        for f,o in (('b',b), ('c',c)):
+            (tmp_path/k).mkdir(exist_ok=True); Image.fromarray(o.astype(b.dtype)).save(tmp_path/f'{k}/{f}.png')
+        assert check_data(tmp_path/k).same==[], k
+
+def test_many_equal_images_are_gone_through_once(flat):
+    "Groups are not looked for among groups"
+    check,compared = check_data(flat),[]
+    class Group(list):
+        def __eq__(self, other): compared.append(1); return list.__eq__(self, other)
+    check.same = [Group([('train',i), ('train',i+1)]) for i in range(0, 10, 2)] + [Group([('train',10), ('test',0)])]
+    check.images['test'] = check.images['train'][:1]
+    assert '5 images found more than once in one split' in ' '.join(check.findings()) and compared==[]
+
+def test_odd_names_are_spelt_out(tmp_path):
+    for s,n in (('train','a'), ('test','b')):
+        try: save(tmp_path/s/f'{n}\udce4.png', red)
+        except OSError: pytest.skip('this file system takes only names in UTF-8')
+    for i in range(3): save(tmp_path/f'train/{i}.png', (0,i,i))
+    str(check_data(tmp_path)).encode('utf-8')
+
+def test_a_report_on_a_terminal_without_the_letters(py, tmp_path):
+    for c in '猫','犬':
+        for i in range(3): save(tmp_path/f'photos/{c}/{i}.png', (ord(c)%255,i,9))
+    code = f"""import sys, fgsynth.own.near as n
+sys.argv = ['fgsynth_data','check',{str(tmp_path/'photos')!r}]; sys.stdout.reconfigure(encoding='cp1252', errors='strict')
+n.fgsynth_data()"""
+    assert '\\u732b' in py(sys.executable, '-c', code).stdout
 
 def test_split_without_images_is_counted():
     items = get_dataset('finches', n_train=60, n_test=20, size=32)

@@ -285,6 +285,28 @@ def test_names_may_be_bare_or_whole(told, lines, lit):
     test_eq(bare['accuracy'], res['accuracy'])
     test_eq(told([f'{photos.resolve()/o}' for o in lines])['labelled'], 60)
 
+def test_names_may_be_composed_in_another_way(own_copy, lines):
+    "Files as macOS writes them, a table as everybody else does, and a class in both"
+    photos,run,_ = own_copy
+    first,second = [o.rpartition(',')[0] for o in lines[:2]]
+    for o,name in (first,'Mu\u0308cke.png'), (second,'Wespe.png'): (photos/o).rename(photos/name)
+    other = ['M\u00fccke.png,Bu\u0308ffel', 'Wespe.png,B\u00fcffel', *lines[2:]]
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert label_run(run, write_labels(photos.parent, other))['labelled']==60
+    said = pd.read_csv(run/'predictions.csv').label
+    assert 'Bu\u0308ffel' not in set(said)
+
+def test_a_picture_among_the_images_is_refused(own_copy, lit):
+    photos,run,lamp = own_copy
+    query = photos/next(iter(lamp))
+    for out in photos/'found.png', query, photos/'new/found.png':
+        with pytest.raises(InputError, match='would lie among'): search_run(run, query, 3, out=out)
+    shutil.copytree(run, photos/'runs/a')
+    before = len(build_index(run))
+    search_run(photos/'runs/a', query, 3, data=photos)                # into the run, which is no data
+    assert len(build_index(run))==before
+
 def test_a_lost_file_and_a_single_image_are_told(told, lines, lit, capsys):
     with pytest.warns(UserWarning) as ws: told([*lines, 'none.png,x', f'{sorted(lit[2])[70]},rare'])
     assert len(ws)==2

@@ -11,7 +11,8 @@ from collections import namedtuple
 from pathlib import Path
 from ..core import InputError, check_name
 from .items import Items
-from .folders import folder_items, warn_user
+from .folders import warn_user
+from .layouts import folder_items
 from .sources import SOURCES
 from .readers import read_aircraft, read_cars, read_cifar100, read_cub200, read_finches, read_gtsrb
 from .readers import read_gtsrb_paper, read_imagenet100, read_isic2017

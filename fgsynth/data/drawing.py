@@ -6,7 +6,7 @@
 __all__ = ['PARTS', 'Species', 'SPECIES', 'BEAKS', 'TAILS', 'check_drawing', 'draw_finches']
 
 # %% ../../nbs/data/02_drawing.ipynb #6de93257
-import math, torch
+import math, operator, torch
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from fastcore.basics import patch
@@ -226,6 +226,12 @@ def _in_threads(f, xs):
     finally: torch.set_num_threads(n)
 
 # %% ../../nbs/data/02_drawing.ipynb #fb9dbc9f
+def _whole_numbers(xs, what):
+    "Numbers as a list, where none of them is rounded"
+    try: return [operator.index(o) for o in xs]
+    except TypeError:
+        raise InputError(f"The {what} of draw_finches should be whole numbers: give one for each image.") from None
+
 def _check_labels(labels, index):
     if not labels:
         raise InputError("draw_finches was given no labels: give at least one species.")
@@ -242,9 +248,9 @@ def draw_finches(
     index=None, # Which bird of the seed's endless flock each image shows; default 0, 1, 2, ...
 )->tuple: # `(images, masks)`: torch.uint8 (n, 3, size, size) and torch.uint8 (n, size, size), numbers into `PARTS`
     "Draw given species; the same `seed` and `index` give the same bird in the same place whatever the label"
-    labels = [int(o) for o in labels]
+    labels = _whole_numbers(labels, 'labels')
     n = len(labels)
-    index = list(range(n)) if index is None else [int(o) for o in index]
+    index = list(range(n)) if index is None else _whole_numbers(index, 'indices')
     check_drawing(max(n, 1), size, 2, seed)
     _check_labels(labels, index)
     spare = [0]*(-n%_block)

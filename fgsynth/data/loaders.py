@@ -235,9 +235,10 @@ def labelled_dls(
 )->DataLoaders: # batches (x, y): TensorImage float (B, 3, size, size) in [0, 1], TensorCategory (B,)
     "Clean labelled images: a fraction of the training images in random order, and the test images for validation"
     _check_size(size, bs)
-    chosen,tested = label_fraction(items, pct, seed),torch.arange(len(items.test))
-    test_labels = ifnone(items.test_labels, chosen[:0])
-    train = _image_ds(items, 'train', chosen, size, keep, cache, num_workers, items.train_labels)
+    chosen = label_fraction(items, pct, seed)
+    test_labels = ifnone(items.labels('test'), chosen[:0]) # without labels there is nothing to validate on
+    tested = torch.arange(len(test_labels))
+    train = _image_ds(items, 'train', chosen, size, keep, cache, num_workers, items.labels('train'))
     test = _image_ds(items, 'test', tested, size, keep, cache, num_workers, test_labels)
     dls = _data_loaders(items, [train,test], bs, size, num_workers, device, drop_last=len(train)>=bs)
     dls.vocab,dls.c = L(items.classes),len(items.classes)

@@ -13,7 +13,9 @@ from fastcore.foundation import L
 from ..core import InputError, check_name
 from .finches import finches
 from .items import Items, sample_items
-from .folders import find_images, folder_items, list_images, read_rows, warn_untrained, warn_user
+from .annotations import read_rows
+from .folders import find_images, list_images, warn_user
+from .layouts import folder_items, warn_untrained
 from .sources import SOURCES, class_numbers, inner_folder, only_layout
 
 # %% ../../nbs/data/08_readers.ipynb #8e6bcd88
@@ -161,7 +163,7 @@ def read_cars(
     if layout=='train':
         source.file(root/'test')
         items = folder_items(root, name='cars')
-        if items.labelled: return items
+        if items.labelled and items.test_labels is not None: return items
         raise InputError(f"The folders {root/'train'} and {root/'test'} should hold one sub-folder per class.")
     cars,classes = _cars_devkit(source, root) if layout=='devkit' else _cars_single(source, root)
     labels = [class_numbers([int(c) for _,c in o], range(1, len(classes)+1), root) for o in cars]

@@ -12,6 +12,7 @@ from ..core import InputError
 from ..distrib import gather_uneven, own_rows, world
 from ..data.crops import CutImages, kept_side
 from ..data.images import float_images, load_images
+from ..data.items import check_labels
 from ..nets.encoders import eval_mode
 
 # %% ../../nbs/evaluate/00_features.ipynb #2519b7a5
@@ -68,11 +69,11 @@ def _check_finite(z, what):
 # %% ../../nbs/evaluate/00_features.ipynb #ecbb476f
 def check_features(
     z, # Features (N, d)
-    y, # Labels (N,)
+    y, # Labels (N,), as `check_labels` takes them
     what:str='', # Word in front of 'features' in a complaint, with a blank behind it: 'training '
 )->tuple: # Features as float (N, d), and labels as int64 (N,) on the same device
     "Features and labels fit for measuring, or one sentence about what is wrong with them"
-    z,y = torch.as_tensor(z).as_subclass(Tensor).detach(), torch.as_tensor(y).as_subclass(Tensor).long()
+    z,y = torch.as_tensor(z).as_subclass(Tensor).detach(), check_labels(y, what=what)
     if z.ndim!=2 or y.shape!=z.shape[:1]:
         raise InputError(f"The {what}features have the shape {tuple(z.shape)} and the labels {tuple(y.shape)}: "
                          "they should be (N, d) and (N,).")
@@ -84,13 +85,13 @@ def check_features(
 # %% ../../nbs/evaluate/00_features.ipynb #780f81bb
 def _images_and_labels(items, split):
     images = items.train if split=='train' else items.test
-    labels = items.train_labels if split=='train' else items.test_labels
+    labels = items.labels(split)
     if not len(images):
         raise InputError(f"There are no {split} images to evaluate on: use a data set with a {split} split.")
     if labels is None:
         raise InputError(f"The {split} images have no labels, and this evaluation needs them: "
                          "use one sub-folder per class.")
-    return images, torch.as_tensor(labels).long()
+    return images, labels
 
 # %% ../../nbs/evaluate/00_features.ipynb #d113e959
 def labelled_split(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastcore.all import patch
 from fastai.learner import Learner
 from ..core import InputError, check_name
-from ..data.items import label_fraction
+from ..data.items import check_labels, label_fraction
 from ..data.views import Views
 from .features import ask_encoder, check_features, encoder_device, features, labelled_split
 
@@ -76,7 +76,7 @@ def fit_probe(
     check_name(schedule, ['cosine','step'], 'schedule')
     if epochs<1 or bs<1:
         raise InputError(f"The probe cannot train for {epochs} epochs with batches of {bs}: give at least 1 of each.")
-    z,y = check_features(z, y)
+    z,y = check_features(z, check_labels(y, n_classes=n_classes))
     n,probe = len(z), Probe(z, n_classes or int(y.max())+1).to(z.device)
     x_all,gen = probe.norm(z), torch.Generator().manual_seed(seed)
     w,b = probe.weight.data, probe.bias.data
@@ -97,6 +97,7 @@ def top_k(
     k:int=1, # How many of the highest count
 )->float: # Percent
     "How often the label is among the `k` highest scores"
+    y = check_labels(y, len(logits), logits.shape[1])
     best = logits.topk(min(k, logits.shape[1]), 1).indices
     return 100*int((best==y[:,None].to(logits.device)).any(1).sum())/len(y)
 

@@ -13,6 +13,7 @@ from fastcore.all import patch
 from fastai.learner import Learner
 from ..core import InputError, check_name
 from ..distrib import own_rows, sum_over_processes
+from ..data.items import check_labels
 from .features import ask_encoder, check_features, split_features
 
 # %% ../../nbs/evaluate/02_retrieval.ipynb #c0d8dfa0
@@ -45,7 +46,7 @@ class ClassSorted:
         y:Tensor, # (M,) labels
         device, # Where to search
     ):
-        self.y,order = y.to(device).sort(stable=True)
+        self.y,order = check_labels(y, len(z)).to(device).sort(stable=True)
         self.z = torch.cat([_unit(z[o].to(device)) for o in order.split(2**14)])
         self.column = order.argsort() # where each image has gone
 
@@ -159,7 +160,7 @@ def neighbour_vote(
     temperature:float, # Of their weights
 )->Tensor: # (Q, c); the nearest neighbour's weight is 1
     "The weighted vote of the nearest labelled features"
-    s,i = (q@g.T).topk(min(k, len(g)), 1)
+    y,(s,i) = check_labels(y, len(g), c),(q@g.T).topk(min(k, len(g)), 1)
     return s.new_zeros(len(q), c).scatter_add_(1, y[i], torch.exp((s-s[:,:1])/temperature))
 
 # %% ../../nbs/evaluate/02_retrieval.ipynb #63f4493d

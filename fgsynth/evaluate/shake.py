@@ -8,20 +8,31 @@ __all__ = ['shake_kinds', 'match_distance', 'shake_test']
 # %% ../../nbs/evaluate/05_shake.ipynb #4513b021
 import warnings, pandas as pd
 from fastai.basics import *
-from ..data.images import float_images
+from ..core import InputError
+from ..data.images import float_images, name_some
+from ..data.items import check_labels
 from ..synth.perturb import cam_scores
-from .features import features
+from .features import features, labelled_split
 from .probe import fit_probe, top_k
 
 # %% ../../nbs/evaluate/05_shake.ipynb #2c4dcaf4
 def _lowest_half(s): return (s.argsort(-1).argsort(-1) < s.shape[-1]//2).float()
 def _highest_half(s): return (s.argsort(-1, descending=True).argsort(-1) < s.shape[-1]//2).float()
 
+# %% ../../nbs/evaluate/05_shake.ipynb #22feb5bb
+def _count_classes(y, bank_y):
+    "How many classes images to shake and a bank have; the bank has to show all of them"
+    n_classes = max(2, *[int(o.max())+1 for o in (y, bank_y) if len(o)])
+    if gaps := sorted({*range(n_classes)} - {*bank_y.tolist()}):
+        raise InputError(f"No other image shows the classes {name_some(gaps)}, so nothing can move within them or "
+                         f"towards them: shake fewer images, or take at least two classes.")
+    return n_classes
+
 # %% ../../nbs/evaluate/05_shake.ipynb #51e47b5b
 def _class_directions(y, bank, bank_y, generator):
     "Differences that keep the class and differences that change it, (N, d) each, for images with labels `y`"
     def rand(n): return torch.randint(n, (1,), generator=generator).item()
-    means = torch.stack([bank[bank_y==c].mean(0) for c in range(int(bank_y.max())+1)])
+    means = torch.stack([bank[bank_y==c].mean(0) for c in range(_count_classes(y, bank_y))])
     same = [(bank_y==c).nonzero()[:,0] for c in y.tolist()]
     within = torch.stack([bank[i[rand(len(i))]] for i in same]) - means[y]
     other = (y + torch.randint(1, len(means), y.shape, generator=generator)) % len(means)
@@ -38,6 +49,7 @@ def shake_kinds(
     generator=None, # Source of randomness
 )->dict: # Kind to noise (N, d), each scaled to mean square 1
     "Noise on one half of the dimensions or the other, and on class-preserving and class-changing directions"
+    y,bank_y = check_labels(y, len(z)),check_labels(bank_y, len(bank))
     e = torch.randn(z.shape, generator=generator)
     kinds = {'random':e}
     for name,s in {**scores, 'variance':v}.items():
@@ -144,8 +156,8 @@ def shake_test(
     "What noise of each kind does to the class, in features and in decoded images"
     _train_on_frozen(learn, pretrain_epochs, head_epochs, head_lr)
     net,size = learn.model,learn.dls.size
-    x,good = items.load('train', size)
-    y,z = items.train_labels[good],features(net.encoder, x)
+    x,y,good = labelled_split(items, 'train', size)
+    z = features(net.encoder, x)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(x), generator=generator)
     me,rest = order[:n],order[n:]

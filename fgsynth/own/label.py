@@ -6,12 +6,15 @@
 __all__ = ['classifiers', 'cross_validate', 'fit_temperature', 'label_run', 'fgsynth_label']
 
 # %% ../../nbs/own/02_label.ipynb #6d343827
-import csv, os, warnings, torch, torch.nn.functional as F
+import csv, warnings, torch, torch.nn.functional as F
 from pathlib import Path
 from ..core import InputError, check_name
 from ..cli import run_command
 from ..data.images import name_some
-from ..data.folders import read_labels
+from ..data.items import check_labels, class_name
+from ..data.annotations import name_finder, name_inside, read_labels
+from ..data.sources import class_numbers
+from ..evaluate.features import check_features
 from ..evaluate.probe import fit_probe
 from ..evaluate.retrieval import neighbour_vote
 from .search import build_index, writing_to
@@ -38,6 +41,7 @@ def cross_validate(
 )->tuple: # Accuracy of each part in percent, and scores (repeats * N, C) and labels (repeats * N,) of held-out images
     "Train on all parts but one and predict that one, in turn"
     from sklearn.model_selection import RepeatedStratifiedKFold
+    z,y = check_features(z, check_labels(y, n_classes=n_classes))
     folds = min(folds, int(torch.bincount(y).max()))
     if folds<2:
         raise InputError("No class has two labelled images, so nothing can be checked: label more.")
@@ -59,7 +63,7 @@ def fit_temperature(
     n:int=None, # How many different images these are; default: N
 )->float: # Divide scores by it before the softmax
     "The temperature at which held-out labels are most probable"
-    n,c = n or len(y),out.shape[1]
+    y,n,c = check_labels(y, len(out), out.shape[1]),n or len(y),out.shape[1]
     ts = torch.logspace(-2, 3, 201)
     losses = [F.cross_entropy(out/t, y, label_smoothing=c/(n+c)) for t in ts]
     return ts[torch.stack(losses).argmin()].item()
@@ -68,18 +72,18 @@ def fit_temperature(
 def _by_name(names):
     "Positions of the images by bare name"
     res = {}
-    for i,name in enumerate(names): res.setdefault(name.rpartition('/')[2], []).append(i)
+    for i,name in enumerate(names): res.setdefault(class_name(name.rpartition('/')[2]), []).append(i)
     return res
 
 # %% ../../nbs/own/02_label.ipynb #800ace3b
 def _match(rows, index):
     "{position: label} of the images that a table names, and the files in it that are none"
-    at,same = {name:i for i,name in enumerate(index.names)},_by_name(index.names)
-    top = os.path.realpath(index.root)
+    at,find,bare = {name:i for i,name in enumerate(index.names)},name_finder(index.names),_by_name(index.names)
     pos,lost = {},[]
     for f,(y,_) in rows.items():
-        name = os.path.relpath(os.path.realpath(f), top).replace(os.sep, '/') if os.path.isabs(f) else f
-        i = at.get(name, same[name][0] if len(same.get(name, []))==1 else None)
+        name,y = find(name_inside(f, index.root)),class_name(y)
+        same = [at[name]] if name else bare.get(class_name(f), [])
+        i = same[0] if len(same)==1 else None
         if i is None: lost.append(f)
         elif pos.setdefault(i, y)!=y:
             raise InputError(f"The table says two things about {index.names[i]!r}, {pos[i]!r} and {y!r}: keep one.")
@@ -96,7 +100,7 @@ def _labelled(rows, index, table):
     if len(classes)<2:
         raise InputError(f"{table} gives labels to {len(pos)} images of {index.root} in {len(classes)} classes: label "
                          f"images of at least two classes, with file names as seen from that folder.")
-    return torch.tensor(list(pos)),torch.tensor([classes.index(y) for y in pos.values()]),classes
+    return torch.tensor(list(pos)),class_numbers(pos.values(), classes, table),classes
 
 # %% ../../nbs/own/02_label.ipynb #93937e74
 def _warn_single(n, classes):

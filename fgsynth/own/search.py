@@ -16,7 +16,7 @@ from fastcore.basics import ifnone
 from ..core import InputError
 from ..cli import run_command
 from ..data.images import decode_image, load_images, name_some, warn_unreadable
-from ..data.folders import find_images
+from ..data.folders import find_images, is_run
 from ..data.datasets import get_dataset
 from ..nets.encoders import load_encoder
 from ..evaluate.features import features
@@ -168,7 +168,8 @@ def _print_found(found, root):
 # %% ../../nbs/own/01_search.ipynb #ac004f19
 def _captions(query, found):
     "Each image with what stands above it"
-    return [(query,'query'), *[(f,f'{rank}: {s:.3f}\n{Path(f).name[:24]}') for rank,(f,s) in enumerate(found, 1)]]
+    def short(f): return name_some([Path(f).name])[:24]
+    return [(query,'query'), *[(f,f'{rank}: {s:.3f}\n{short(f)}') for rank,(f,s) in enumerate(found, 1)]]
 
 # %% ../../nbs/own/01_search.ipynb #1f91dff3
 def _draw(query, found, out, side=128, cols=6):
@@ -187,6 +188,14 @@ def _draw(query, found, out, side=128, cols=6):
         fig.savefig(out, dpi=110)
     plt.close(fig)
 
+# %% ../../nbs/own/01_search.ipynb #25d1863d
+def _check_picture(out, root):
+    "Refuse a picture that the next search would take for one of the images"
+    above,root = list(Path(os.path.realpath(out)).parents),Path(os.path.realpath(root))
+    if root in above and not any(map(is_run, above[:above.index(root)+1])):
+        raise InputError(f"The picture {out} would lie among the images in {root}, and the next search would find it: "
+                         f"choose another file with --out.")
+
 # %% ../../nbs/own/01_search.ipynb #f4259712
 def search_run(
     run:str, # Folder of a run
@@ -200,10 +209,10 @@ def search_run(
     "Find the images that are most similar to one, print them and draw them"
     if k<1:
         raise InputError(f"There are no {k} nearest images: choose --k 1 or more.")
-    ix = build_index(run, data, path, index)
+    ix,out = build_index(run, data, path, index),Path(out or Path(run)/'search.png')
+    _check_picture(out, ix.root)
     found = _similar(ix, load_encoder(Path(run)/'encoder.safetensors'), query, k)
     _print_found(found, ix.root)
-    out = Path(out or Path(run)/'search.png')
     with writing_to('picture', out, 'file with --out'):
         out.parent.mkdir(parents=True, exist_ok=True)
         _draw(query, found, out)

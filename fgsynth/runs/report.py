@@ -238,5 +238,5 @@ def write_report(
     if (out/'synth.safetensors').is_file():
         parts.append(Explorer.from_run(out).to_html(fragment=True, sigmas=(0,1,2,3,5,8)))
     parts.append(_settings(settings))
-    (out/'report.html').write_text(_page(title, ''.join(parts)), encoding='utf-8')
+    (out/'report.html').write_text(_page(title, ''.join(parts)), encoding='utf-8', errors='backslashreplace')
     return out/'report.html'
