@@ -138,11 +138,11 @@ def fresh_crops(
 
 # %% ../../nbs/evaluate/01_probe.ipynb #53e92341
 def _probe_images(items, pct, seed, size):
-    "A share of the labelled training images, and the test images: x, y, x_test, y_test"
+    "Training images, positions and labels of the share that is used, test images and labels"
     x,y,good = labelled_split(items, 'train', size)
     x_test,y_test,_ = labelled_split(items, 'test', size)
-    keep = torch.isin(good, label_fraction(items, pct, seed))
-    return x[keep], y[keep], x_test, y_test
+    rows = torch.isin(good, label_fraction(items, pct, seed)).nonzero()[:,0]
+    return x, rows, y[rows], x_test, y_test
 
 # %% ../../nbs/evaluate/01_probe.ipynb #de2110bf
 def linear_probe(
@@ -164,13 +164,13 @@ def linear_probe(
     distributed:bool=False, # As in `features`; the crops of `augment` are not shared out
 ): # Top-1 in percent, or the pair
     "Linear probe of a frozen encoder by the protocol of the paper's appendix B.3"
-    x,y,x_test,y_test = _probe_images(items, pct, seed, size)
-    z,z_test = [features(encoder, o, device=device, distributed=distributed) for o in (x,x_test)]
+    x,rows,y,x_test,y_test = _probe_images(items, pct, seed, size)
+    z,z_test = [features(encoder, o, device=device, distributed=distributed, rows=i) for o,i in ((x,rows), (x_test,None))]
     kw = dict(seed=seed, epochs=epochs, lr=lr, schedule=schedule, bs=bs, top5=top5)
     kw['n_classes'] = int(max(y.max(), y_test.max()))+1
     if not augment: return probe_features(z, y, z_test, y_test, **kw)
-    with fresh_crops(encoder, x, seed, flip, bs, scale, ratio) as draw:
-        return probe_features(z, y, z_test, y_test, draw=draw, **kw)
+    with fresh_crops(encoder, x, seed, flip, bs, scale, ratio) as crops:
+        return probe_features(z, y, z_test, y_test, draw=lambda i: crops(rows[i.cpu()]), **kw)
 
 # %% ../../nbs/evaluate/01_probe.ipynb #e7714d8d
 @patch

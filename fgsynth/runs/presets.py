@@ -6,13 +6,14 @@
 __all__ = ['pair_defaults', 'preset_names', 'parse_setting', 'read_preset', 'Settings', 'origins']
 
 # %% ../../nbs/runs/00_presets.ipynb #ba9cc887
-import inspect, json, math, re
+import inspect, json, math, os, re
 from importlib.resources import files
 from pathlib import Path
 from types import SimpleNamespace
 from fastcore.basics import patch, store_attr
 from fastcore.script import store_true
 from ..core import InputError, check_name
+from ..data.datasets import data_sets
 from ..methods.learner import methods
 from ..synth.callbacks import DecoderCallback, PerturbCallback, SynthCallback, SynthPairCallback
 from ..synth.controls import synth_modes
@@ -183,6 +184,21 @@ def pair_settings(self:Settings)->dict: # Arguments of `synth_callbacks`
     "What the settings say about synthesized pairs"
     mine = {k:v for k,v in self.as_dict().items() if k in pair_defaults}
     return {**mine, 'residual':bool(self.residual), 'relative':not self.absolute}
+
+# %% ../../nbs/runs/00_presets.ipynb #aad5085e
+@patch
+def paths(self:Settings)->list: # Names of settings
+    "The settings that hold the path of a file or folder"
+    names = [k for k in ('path','cache_dir','weights') if getattr(self, k)]
+    if str(self.preset).endswith('.toml'): names.append('preset')
+    is_folder = str(self.data).lower() not in data_sets and Path(self.data).expanduser().is_dir()
+    return [*names, 'data'] if is_folder else names
+
+# %% ../../nbs/runs/00_presets.ipynb #750f076f
+@patch
+def located(self:Settings)->Settings: # A copy
+    "The same settings with absolute paths, which mean the same from every folder"
+    return self.changed(**{k:os.path.abspath(Path(getattr(self, k)).expanduser()) for k in self.paths()})
 
 # %% ../../nbs/runs/00_presets.ipynb #5838ac37
 _at_least = dict(epochs=1, bs=2, size=1, decoder_width=1, decoder_grid=1, decoder_draw=1,

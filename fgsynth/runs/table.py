@@ -100,7 +100,7 @@ def row_key(
     "The columns that say which run a row belongs to"
     unused = [*_unused.get(s.synth, []), *([] if s.method=='mocov2' else ['momentum'])]
     names = _first[3:] + _train + _pair + _decoder + _noise
-    key = dict(data=s.data, encoder=s.arch, **{k:getattr(s, k) for k in names}, split=split)
+    key = dict(data=s.located().data, encoder=s.arch, **{k:getattr(s, k) for k in names}, split=split)
     return {k:'' if k in unused else _as_text(v) for k,v in key.items()}
 
 # %% ../../nbs/runs/07_table.ipynb #c45335b3
@@ -248,6 +248,7 @@ def shake_runs(
     path=None, # Where it lies
 )->pd.DataFrame: # All rows of the file
     "`shake_test` with several seeds, where it is missing"
+    data = Settings(data=data).located().data
     done = pd.read_csv(out) if out.is_file() else pd.DataFrame(columns=['data','seed','preset'])
     for seed in seeds:
         if ((done.data==data) & (done.seed==seed) & (done.preset==preset)).any(): continue

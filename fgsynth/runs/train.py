@@ -7,19 +7,20 @@ __all__ = ['run_items', 'make_learner', 'learning_rates', 'fit_run', 'run_facts'
            'train', 'fgsynth_train']
 
 # %% ../../nbs/runs/04_train.ipynb #5d1b51f9
-import io, json, random, sys, time
+import io, json, os, random, sys, time
 from contextlib import nullcontext, redirect_stdout
 from fastcore.script import store_true
 from fastai.basics import *
+from ..core import InputError
 from ..files import locked, read_json, write_csv, write_json
-from ..distrib import fastai_distributed, rank, wait_for_others
+from ..distrib import failing_together, fastai_distributed, own_device, rank, sum_over_processes, world
 from ..cli import run_command
 from ..data.images import float_images
-from ..data.datasets import get_dataset
+from ..data.datasets import data_sets, get_dataset
 from ..data.loaders import ssl_dls
 from ..nets.encoders import save_encoder
 from ..methods.learner import methods, ssl_learner
-from ..synth.decoding import needs_pretraining, pretrain_where_needed
+from ..synth.decoding import AutoEncoder, needs_pretraining, pretrain_where_needed
 from ..synth.controls import synth_callbacks
 from ..show.pictures import history
 from .presets import Settings
@@ -88,6 +89,15 @@ def run_facts(
     facts |= {'images':len(items.train), 'bs of all processes':s.bs*max(1, num_distrib())}
     return json.loads(json.dumps(facts, default=str))
 
+# %% ../../nbs/runs/04_train.ipynb #e660eaec
+_places = 'data','weights'
+
+def _moved(old, new):
+    "Are these two paths of one thing, seen from two folders or before it was moved and afterwards?"
+    if not (old and new) or str(old).lower() in data_sets: return False
+    old,new = map(os.path.abspath, (old, new))
+    return old==new or os.path.basename(old)==os.path.basename(new) and not os.path.exists(old)
+
 # %% ../../nbs/runs/04_train.ipynb #afd34dac
 def run_to_resume(
     out:Path, # Folder of a run
@@ -95,7 +105,10 @@ def run_to_resume(
 )->dict: # What is in its settings.json
     "The settings of a run that is to go on, if it is the same run"
     there = read_json(out/'settings.json')
-    check_same({k:there.get(k) for k in facts}, facts, f"The run in {str(out)!r}")
+    moved = {k:facts[k] for k in _places if _moved(there.get(k), facts.get(k))}
+    check_same({k:there.get(k) for k in facts} | moved, facts, f"The run in {str(out)!r}")
+    for k,place in moved.items():
+        if os.path.isabs(there[k]) and there[k]!=place: print(f"{there[k]} has moved to {place}")
     return there
 
 # %% ../../nbs/runs/04_train.ipynb #ec5caee6
@@ -111,7 +124,7 @@ def write_results(
     "Training table, encoder, pictures and report of a run"
     table = history(learn)
     rows = [dict(epoch=i, **{k:v[i] for k,v in table.items()}) for i in range(len(table['train_loss']))]
-    info = {k:v for k,v in settings.items() if k not in _left_out}
+    info = {k:v for k,v in settings.items() if k not in (*_left_out, *s.paths())}
     with writing_run(out):
         write_csv(out/'history.csv', rows)
         save_encoder(learn, out/'encoder.safetensors', **info, image_size=s.size)
@@ -125,15 +138,28 @@ def _fit_in_folder(learn, items, s, out, facts, save_every, state):
     "Fit a run from the beginning, or from a checkpoint's `state`, and write to its folder"
     settings = {**s.as_dict(), **facts, **versions()}
     if facts['precision']=='auto': settings['measured'] = learn.precision # so a run that goes on need not measure
-    if not rank():
-        with writing_run(out): write_json(out/'settings.json', settings)
-    checkpoints = partial(CheckpointCallback, out/'checkpoints', save_every, resume=state, settings=facts)
+    with failing_together(), writing_run(out):
+        if not rank(): write_json(out/'settings.json', settings)
+    checkpoints = partial(CheckpointCallback, out/'checkpoints', save_every, resume=state, settings=_unplaced(facts))
     seconds = 0. if state and state['phase']=='training' else _pretrain(learn, s, checkpoints)
     pairs = '' if s.synth=='none' else f' with synthesized pairs ({s.synth})'
     print(f"Training {s.arch} by {s.method}{pairs} on {items}")
     cb = checkpoints(phase='training', seconds=seconds)
     fit_run(learn, s, cb)
-    if not rank(): write_results(learn, items, s, out, {**settings, 'seconds':round(cb.seconds, 1)})
+    with failing_together():
+        if not rank(): write_results(learn, items, s, out, {**settings, 'seconds':round(cb.seconds, 1)})
+
+# %% ../../nbs/runs/04_train.ipynb #c0b7e507
+def _unplaced(facts): return {k:v for k,v in facts.items() if k not in _places}
+
+def _newest_state(out):
+    "The newest checkpoint of a run, or None; where its images lay then does not matter"
+    state = read_checkpoint(out/'checkpoints')
+    have = int(sum_over_processes(torch.tensor(float(state is not None))))
+    if 0<have<world():
+        raise InputError(f"{have} of {world()} processes see the checkpoints in {str(out)!r}: "
+                         f"choose a folder for --out that all machines share.")
+    if state: return {**state, 'settings':_unplaced(state['settings'])}
 
 # %% ../../nbs/runs/04_train.ipynb #fbc6d0e0
 def _pretrain(learn, s, checkpoints):
@@ -216,9 +242,10 @@ def _decoder_cost(learn, s, steps, passes):
     "Seconds of the decoder's pre-training, and a line about it where there is one"
     clock,n = _Steps(steps),len(learn.dls.train)
     if not pretrain_where_needed(learn, passes if s.pretrain_epochs>0 else 0, cbs=clock): return [0.]
-    encode = _encoding_seconds(learn) # once for each image
-    draw = max(0., clock.seconds-encode) if passes==1 else clock.seconds
-    seconds = n*(encode + s.pretrain_epochs*draw)
+    encode,net = _encoding_seconds(learn),get_model(learn.model)
+    once = AutoEncoder(net, len(learn.dls.items.train)).keeps(net.decoder.d) # the features of each image
+    draw = max(0., clock.seconds-encode) if once and passes==1 else clock.seconds
+    seconds = n*(once*encode + s.pretrain_epochs*draw)
     return seconds, _cost('decoder', s.pretrain_epochs, n, draw, seconds)
 
 # %% ../../nbs/runs/04_train.ipynb #d0c71d38
@@ -232,8 +259,9 @@ def train(*,
     **kwargs
 )->Learner: # The trained learner, `learn.run` its folder; None after a dry run, or if the run was complete
     "Train an encoder on unlabelled images, with or without synthesized pairs"
-    s = Settings.from_preset(**kwargs).check()
+    s = Settings.from_preset(**kwargs).check().located()
     parse_every(save_every)
+    own_device()
     items = run_items(s.data, s.path, s.size, s.cache_dir)
     if dry_run: return print(estimate(items, s))
     out,facts,first = Path(out),run_facts(items, s),not rank_distrib() # of several processes the first one writes
@@ -245,8 +273,7 @@ def train(*,
     learn = make_learner(items, s)
     if first: open_run(out, overwrite, resume)
     with locked(out) if first else redirect_stdout(io.StringIO()), _processes(learn, s):
-        _fit_in_folder(learn, items, s, out, facts, save_every, read_checkpoint(out/'checkpoints') if resume else None)
-        wait_for_others()
+        _fit_in_folder(learn, items, s, out, facts, save_every, _newest_state(out) if resume else None)
     learn.run = out
     return learn
 
