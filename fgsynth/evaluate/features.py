@@ -41,7 +41,7 @@ def encoder_device(encoder:nn.Module)->torch.device: # The CPU for a network wit
     "Where a network is"
     return next((p.device for p in [*encoder.parameters(), *encoder.buffers()]), torch.device('cpu'))
 
-# %% ../../nbs/evaluate/00_features.ipynb #053297b6
+# %% ../../nbs/evaluate/00_features.ipynb #6ed354b5
 def _encode_all(encoder, batches, device, size):
     "Features (n, d) of all batches; None without images"
     zs = [encoder(float_images(x.to(device, non_blocking=True), size)).float().cpu() for x in batches if len(x)]

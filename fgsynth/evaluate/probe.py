@@ -68,7 +68,7 @@ def fit_probe(
     epochs:int=100, # Epochs (paper, appendix B.3: 100)
     lr:float=30., # Learning rate at the start (appendix B.3: 30)
     momentum:float=0.9, # Of SGD (appendix B.3: 0.9)
-    bs:int=256, # Largest size of a batch (appendix B.3: 256)
+    bs:int=128, # Largest size of a batch (appendix B.3: 128)
     schedule:str='cosine', # 'cosine' or 'step', see `probe_lr`
     seed:int=0, # Order of the images
     draw=None, # Function from indices (b,) to fresh features (b, d) of those images; None: the rows of `z`
@@ -159,13 +159,14 @@ def linear_probe(
     ratio:tuple=_ratio, # Range of its width over its height (the same)
     flip:float=0.5, # Probability of mirroring where `augment`; 0 for images such as traffic signs
     top5:bool=False, # Return `(top1, top5)`?
-    bs:int=256, # Largest size of a batch (appendix B.3: 256)
+    bs:int=128, # Largest size of a batch (appendix B.3: 128)
     device=None, # Where the encoder runs; None: where it is
     distributed:bool=False, # As in `features`; the crops of `augment` are not shared out
 ): # Top-1 in percent, or the pair
     "Linear probe of a frozen encoder by the protocol of the paper's appendix B.3"
     x,rows,y,x_test,y_test = _probe_images(items, pct, seed, size)
-    z,z_test = [features(encoder, o, device=device, distributed=distributed, rows=i) for o,i in ((x,rows), (x_test,None))]
+    of = dict(device=device, distributed=distributed)
+    z,z_test = features(encoder, x, rows=rows, **of),features(encoder, x_test, **of)
     kw = dict(seed=seed, epochs=epochs, lr=lr, schedule=schedule, bs=bs, top5=top5)
     kw['n_classes'] = int(max(y.max(), y_test.max()))+1
     if not augment: return probe_features(z, y, z_test, y_test, **kw)

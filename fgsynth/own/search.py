@@ -107,7 +107,7 @@ def _new_blocks(encoder, stats, bs, progress):
         z,good = _encode(encoder, [stats[o][0] for o in some], bs)
         if good: yield [[some[j], *stats[some[j]][1:]] for j in good], F.normalize(z, dim=1), z.norm(dim=1)
 
-# %% ../../nbs/own/01_search.ipynb #df8ce68c
+# %% ../../nbs/own/01_search.ipynb #25a9c526
 def _check_root(folder, old, root):
     "Refuse to replace the index of another folder that is still there"
     if old is None or not Path(old).is_dir() or os.path.samefile(old, root): return

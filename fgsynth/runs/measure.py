@@ -48,7 +48,7 @@ def evaluate_run(
     run:str, # Folder of a run
     data:str=None, # Labelled data set to evaluate on; by default the one it was trained on
     path:str=None, # Where that data set lies
-    cache_dir:str=None, # Folder that keeps decoded images, more than fit into memory; by default that of the run, if any
+    cache_dir:str=None, # Folder that keeps decoded images, more than fit into memory; by default the run's, if any
     seed:int=0, # Chooses the labelled images of the 50 and 20 % probes
     augment:store_true=False, # The linear probe on new random crops of the images in each epoch (appendix B.3)
     flip:float=0.5, # Probability of mirroring these crops; 0 for images such as traffic signs

@@ -85,7 +85,7 @@ def read_run(
         raise InputError(f"There is no finished run in {str(run)!r}: train one with fgsynth_train --out {run}.")
     return read_json(run/'settings.json')
 
-# %% ../../nbs/runs/01_report.ipynb #e0efaf80
+# %% ../../nbs/runs/01_report.ipynb #fb0c52e2
 def _noted_place(place, option):
     "A path that a run has noted, as an absolute one, if something is there"
     found = Path(place).expanduser().absolute()
@@ -97,7 +97,7 @@ def _noted_place(place, option):
                   f"is seen. It is taken for {str(found)!r}: if it is another, give {option}.")
     return str(found)
 
-# %% ../../nbs/runs/01_report.ipynb #d161b297
+# %% ../../nbs/runs/01_report.ipynb #175f2ee1
 def images_of_run(
     settings:dict, # From `read_run`
     path=None, # Where its data set lies now, if it has a name and was moved

@@ -33,7 +33,7 @@ class AutoEncoder(nn.Module):
 
     def forward(self, x, i): return self.decoder(self.encode(x, i))
 
-# %% ../../nbs/synth/01_decoding.ipynb #ac9a8f7d
+# %% ../../nbs/synth/01_decoding.ipynb #cad43160
 @patch
 def _must_encode(self:AutoEncoder, i):
     "Are there images to encode, here or in a process that would wait for this one?"
@@ -100,7 +100,7 @@ def _pretraining_callbacks(learn, cbs):
 # %% ../../nbs/synth/01_decoding.ipynb #7f58b511
 @patch
 def pretrain_decoder(self:Learner,
-    n_epoch:int=5, # Epochs; the paper takes 200 (section 4.1)
+    n_epoch:int=5, # Epochs; the paper takes 200 (appendix B.2)
     lr:float=2e-3, # Peak learning rate of Adam
     cbs=None, # Callbacks for the pre-training
 )->Learner: # The learner of the pre-training, with its recorder
