@@ -6,6 +6,7 @@ from fastai.basics import *
 from fastai.callback.tracker import EarlyStoppingCallback
 from fastai.distributed import *
 from torch import nn
+from fgsynth.core import InputError
 from fgsynth.data.items import Items
 from fgsynth.data.loaders import ssl_dls
 from fgsynth.distrib import Shuffle, gather, gather_with_grad, join_processes, rank, world
@@ -163,8 +164,68 @@ def measures(out):
         assert len(learn.recorder.losses)==2*(-(-23//world_size)//4), learn.recorder.losses
     if rank()==0: torch.save(res, out)
 
+class Door:
+    "PyTorch's collectives, which take only tensors that have gone through the door, as NCCL only takes GPUs'"
+    def __init__(self): self.passed,self.calls = [],0
+    def __getattr__(self, name): return getattr(dist, name)
+    def on_wire(self, x):
+        self.passed.append(x.clone()) # as a copy on the GPU would be
+        return self.passed[-1]
+    def check(self, x):
+        assert any(x is o for o in self.passed), 'on the wire without a GPU'
+        self.calls += 1
+    def all_reduce(self, x): self.check(x); dist.all_reduce(x)
+    def broadcast(self, x, src): self.check(x); dist.broadcast(x, src)
+    def all_gather(self, rows, x): self.check(x); dist.all_gather(rows, x)
+
+def door(out):
+    "Trainings and the measures above, through collectives that refuse whatever has not gone through the door"
+    from fgsynth import distrib
+    distrib.dist = wire = Door()
+    distrib.on_wire = wire.on_wire
+    for method in MoCoV2(dim=32), SimSiam(32, 16):
+        learn = train(method, 24, 4, 1, bn=True)
+        assert same_everywhere(learn, 'running_', 'num_batches')
+    n = wire.calls
+    measures(out)
+    assert n>20 and wire.calls>n+10, (n, wire.calls)
+
+class Synced(nn.SyncBatchNorm):
+    "Synchronised batch norm on a CPU: in training it waits for all processes"
+    def forward(self, x):
+        if self.training: dist.all_reduce(s := x.detach().mean((0,2,3)))
+        return x - s[:,None,None]/world() if self.training else x
+
+def alone():
+    "What only one process does, or needs, does not leave the others waiting"
+    from PIL import Image
+    dev = join_processes()
+    # a pre-training whose encoder waits for all: each process has seen other images
+    enc = net(bn=True)
+    enc.body[1] = Synced(8)
+    learn = ssl_learner(ssl_dls(flock(50), size=32, bs=8), enc, cbs=synth_pairs(decoder_width=8))
+    with processes(learn): learn.pretrain_decoder(4)
+    assert same_everywhere(learn, 'running_'), 'other decoders'
+    # a share in which nothing can be read
+    folder = Path(sys.argv[2])
+    if rank()==0:
+        for i,x in enumerate(flock(12).train[:12]):
+            if i<6: Image.fromarray(x.permute(1,2,0).numpy()).save(folder/f'{i:02}.png')
+            else: (folder/f'{i:02}.png').write_bytes(b'not an image')
+    dist.barrier()
+    z = features(net().to(dev), sorted(folder.glob('*.png')), bs=2, size=32, distributed=True)
+    assert z.shape==(6, 128) and gather(z[None]).eq(z).all()
+    # an encoder that fails in one process
+    def failing(x):
+        if rank()==1: raise ZeroDivisionError
+        return net()(x)
+    class Failing(nn.Module):
+        def forward(self, x): return failing(x)
+    try: features(Failing(), flock(8).train, distributed=True)
+    except (ZeroDivisionError,InputError) as e: print(rank(), type(e).__name__, flush=True)
+
 if __name__=='__main__':
     warnings.simplefilter('ignore')
     what,*args = sys.argv[1:]
-    dict(alike=alike, everything=everything, measures=measures)[what](*args)
+    dict(alike=alike, everything=everything, measures=measures, door=door, alone=lambda folder: alone())[what](*args)
     if world_size>1: dist.destroy_process_group()

@@ -51,6 +51,14 @@ def test_every_method(n=3):
     names = [l.split()[0] for l in said.splitlines() if '{' in l]
     assert names==['byol','dino','mocov2','mocov2','simclr','simsiam'], said
 
+def test_collectives_get_nothing_but_through_the_door(tmp_path):
+    "Where the copy that travels is another tensor, as on NCCL, trainings and measures are what they are"
+    launch(2, here/'ranks.py', 'door', tmp_path/'measures2.pt')
+
+def test_what_one_process_does_alone_leaves_nobody_waiting(tmp_path):
+    said = launch(2, here/'ranks.py', 'alone', tmp_path).stdout
+    assert '0 InputError' in said and '1 ZeroDivisionError' in said
+
 small = '--size 32 --bs 8 --pretrain_epochs 1 --decoder_width 8 --arch timm/test_byobnet'.split()
 
 @pytest.fixture(scope='module')
@@ -106,6 +114,15 @@ def test_a_process_that_dies(photos, tmp_path):
                     f"Path({str(died)!r}).touch(); os.kill(os.getpid(), signal.SIGKILL)")
     r = launch(3, tmp_path/'die.py', '--data', photos, *small, '--epochs', 200, '--out', tmp_path/'run', ok=False)
     assert r.returncode and 'SIGKILL' in r.stderr and time.time()-died.stat().st_mtime<60
+
+@pytest.mark.parametrize('which', [0, 1])
+def test_a_process_with_an_error_of_its_own(which, photos, tmp_path):
+    "The others do not wait for it; with a message for its user"
+    died = tmp_path/'died'
+    dying(tmp_path, f"if self.train_iter==2 and rank_distrib()=={which}: "
+                    f"Path({str(died)!r}).touch(); raise training.InputError('too bad')")
+    r = launch(2, tmp_path/'die.py', '--data', photos, *small, '--epochs', 200, '--out', tmp_path/'run', ok=False)
+    assert r.returncode and 'fgsynth_train: too bad' in r.stderr and time.time()-died.stat().st_mtime<60
 
 def test_a_process_that_dies_at_the_end(photos, tmp_path):
     "All files of a training and of its measurement are written by then"

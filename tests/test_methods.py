@@ -283,12 +283,20 @@ def test_length_of_the_queue(dls):
     built = [len(MoCoV2(dim=2).build(small(), d).queue) for d in (data(200_000, 1), dls, data(100, 64))]
     assert built==[65536, 256, 64]
 
-def test_queue_longer_than_the_data_set_is_warned_of(dls):
-    with pytest.warns(UserWarning, match='longer than the data set') as w: MoCoV2(K=1024).build(small(), dls)
-    assert len(w)==1
+def own_key_share(K, n, epochs=400):
+    "How often one of the last `K` images is the next one, in epochs of `n` images in random order"
+    g = torch.Generator().manual_seed(0)
+    order = torch.cat([torch.randperm(n, generator=g) for _ in range(epochs)]).tolist()
+    return sum(o in order[i-K:i] for i,o in enumerate(order) if i>=2*n)/(len(order)-2*n)
+
+@pytest.mark.parametrize('K,words', [(1024,'100%'), (256,'50%'), (192,'28%')])
+def test_a_queue_with_keys_of_the_image_itself_is_warned_of(K, words, dls):
+    "From half of the 256 images on, if somebody asks for it; the share is that of a simulation"
+    with pytest.warns(UserWarning, match=f'in {words} of the cases') as w: MoCoV2(K=K).build(small(), dls)
+    assert len(w)==1 and abs(own_key_share(K//8, 32)-int(words[:-1])/100)<.03
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        for m in MoCoV2(K=1024, mask_same_image=True), MoCoV2(K=256), MoCoV2(): m.build(small(), dls)
+        for m in MoCoV2(K=K, mask_same_image=True), MoCoV2(K=128), MoCoV2(): m.build(small(), dls)
 
 def test_keys_are_shuffled_by_default():
     assert {inspect.signature(o).parameters['shuffle_bn'].default for o in (MoCoV2,MoCoModel)}=={True}

@@ -47,6 +47,37 @@ def test_toml_reads_the_presets_as_well(name):
     mine = read_preset(name).values
     assert there=={k:v for k,v in mine.items() if v is not None and not (base and k not in there)}
 
+def test_the_papers_settings_name_their_place(paper):
+    "Appendix B.1 for the encoder's training, B.2 for the decoder's; K is open, which cuts it to an epoch's images"
+    where = {k:v.split(':')[0] for k,v in paper.sources.items()}
+    assert {where[k] for k in ('lr','schedule','momentum','K')}=={'appendix B.1'}
+    assert where['pretrain_epochs']=='appendix B.2' and paper.values['K'] is None
+    assert '0.05 in appendix B.1' in read_preset('paper_simsiam').sources['lr']
+
+@pytest.mark.parametrize('method,given', [('mocov2',dict(K=64, temperature=.07, mask_same_image=True)),
+    ('simclr',dict(temperature=.5)), ('dino',dict(K=32, temperature=.2))])
+def test_settings_reach_the_method(method, given, flock):
+    learn = make_learner(flock, Settings.from_preset('smoke', method=method, synth='none', **given).check())
+    assert {k:getattr(learn.ssl, k) for k in given}==given
+    assert learn.ssl.momentum==.99 if method=='mocov2' else learn.ssl.momentum==.996 if method=='dino' else True
+
+@pytest.mark.parametrize('method,name,value', [('simsiam','temperature',.1), ('byol','temperature',.1), ('byol','K',64),
+    ('simclr','K',64), ('simsiam','K',64), ('dino','mask_same_image',True), ('simclr','mask_same_image',True)])
+def test_a_setting_that_a_method_does_not_have_is_refused(method, name, value):
+    with pytest.raises(InputError, match=f'leave out --{name}'): Settings(method=method, **{name:value}).check()
+
+@pytest.mark.parametrize('opt,step', [('sgd','momentum_step'), ('adamw','adam_step'), ('lars','larc_step')])
+def test_optimizer_and_weight_decay_come_from_the_settings(opt, step, flock):
+    s = Settings.from_preset('smoke', synth='none', opt=opt, wd=.04)
+    learn = make_learner(flock, s)
+    before = learn.model.encoder.body.stem.conv.weight.clone()
+    with learn.no_bar(), learn.no_logging(): fit_run(learn, s)
+    assert step in [getattr(cb, 'func', cb).__name__ for cb in learn.opt.cbs] and {h['wd'] for h in learn.opt.hypers}=={.04}
+    assert not learn.model.encoder.body.stem.conv.weight.equal(before)
+
+def test_a_misspelt_optimizer_is_named():
+    with pytest.raises(InputError, match="did you mean 'adamw'"): Settings(opt='adam').check()
+
 def test_settings_take_the_defaults_of_the_callbacks():
     s = Settings()
     defaults = synth_pairs()
@@ -126,6 +157,41 @@ def test_settings_of_a_run_are_kept_under_their_names(run):
 def test_a_run_without_pairs_has_no_explorer(flock, tmp_path):
     base = train(preset='smoke', bs=64, synth='none', out=tmp_path/'base')
     assert not (base.run/'synth.safetensors').exists() and 'type="range"' not in (base.run/'report.html').read_text()
+
+def test_the_teacher_is_kept_and_measured_where_asked_for(flock, tmp_path):
+    learn = train(preset='smoke', bs=64, synth='none', teacher=True, out=tmp_path/'run')
+    kept = load_encoder(tmp_path/'run/encoder.safetensors')
+    net = learn.model
+    assert all(v.equal(net.key_encoder.state_dict()[k]) for k,v in kept.state_dict().items())
+    assert not all(v.equal(net.encoder.state_dict()[k]) for k,v in kept.state_dict().items())
+    x = torch.rand(4, 3, 32, 32)
+    torch.testing.assert_close(kept(x), net.key_encoder.eval()(x))
+    assert evaluate_run(str(tmp_path/'run'))['top1_100']>0
+    with pytest.raises(InputError, match='leave out --teacher'):
+        train(preset='smoke', method='simsiam', synth='none', teacher=True, out=tmp_path/'none')
+    assert not (tmp_path/'none').exists()
+
+def test_the_length_of_a_queue_that_was_cut_is_said(flock, tmp_path, capsys):
+    train(preset='smoke', bs=64, synth='none', out=tmp_path/'cut')
+    assert 'K = 256: --K takes another length' in capsys.readouterr().out
+    train(preset='smoke', bs=64, synth='none', K=128, out=tmp_path/'given')
+    assert '--K' not in capsys.readouterr().out
+
+def test_runs_of_earlier_versions_go_on(flock, tmp_path):
+    "They lack settings that have come since"
+    out = tmp_path/'run'
+    train(preset='smoke', bs=64, synth='none', out=out)
+    new = 'K','mask_same_image','temperature','opt','wd','teacher'
+    s = {k:v for k,v in json.loads((out/'settings.json').read_text()).items() if k not in (*new, 'seconds')}
+    (out/'settings.json').write_text(json.dumps(s))
+    file = sorted((out/'checkpoints').glob('*.pt'))[-1]
+    state = torch.load(file, weights_only=True)
+    state['settings'] = {k:v for k,v in state['settings'].items() if k not in new}
+    torch.save(state, file)
+    with pytest.raises(InputError, match='opt .sgd there, lars here'):
+        train(preset='smoke', bs=64, synth='none', opt='lars', out=out, resume=True)
+    train(preset='smoke', bs=64, synth='none', out=out, resume=True)
+    assert 'seconds' in json.loads((out/'settings.json').read_text())
 
 def first_epoch(flock, synth, method='mocov2'):
     "First weight after an epoch that changes nothing, and all that the method looked at"

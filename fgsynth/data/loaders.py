@@ -10,6 +10,7 @@ import warnings
 from torch.utils.data import get_worker_info
 from fastai.vision.all import *
 from ..core import InputError
+from ..distrib import own_device
 from .crops import cut_images, kept_side
 from .images import decode_image, decode_whole, resize_square, squash, warn_unreadable
 from .items import label_fraction
@@ -143,7 +144,7 @@ def _image_dl(ds, bs, train, num_workers, device, drop_last=False):
 # %% ../../nbs/data/13_loaders.ipynb #83f555ed
 def _data_loaders(items, parts, bs, size, num_workers, device, drop_last):
     "Train and valid `DataLoaders` of two `ImageDS`"
-    device = default_device() if device is None else torch.device(device)
+    device = own_device() if device is None else torch.device(device)
     train,valid = parts
     dls = DataLoaders(_image_dl(train, bs, True, num_workers, device, drop_last),
                       _image_dl(valid, bs, False, num_workers, device), device=device)

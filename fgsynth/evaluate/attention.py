@@ -9,7 +9,7 @@ __all__ = ['spatial_layer', 'attention_maps', 'attention_on', 'attention_on_part
 from copy import deepcopy
 from fastai.basics import *
 from ..core import InputError
-from ..data.images import float_images
+from ..data.images import float_images, load_images
 from ..nets.encoders import Encoder, eval_mode
 from .features import encoder_device
 
@@ -149,8 +149,8 @@ def attention_on_parts(
     if masks is None:
         raise InputError(f"{items.name} has no masks of the parts that matter: "
                          "of the built-in data sets only the finches have.")
-    x,good = items.load(split, size)
-    x,masks = x[:n],F.interpolate((masks[good][:n,None]>0).float(), size)[:,0]
+    x,good = load_images(getattr(items, split)[:n], size)
+    masks = F.interpolate((masks[good][:,None]>0).float(), size)[:,0]
     maps = [attention_maps(encoder, float_images(o), **kw) for o in x.split(64)]
     return attention_on(torch.cat(maps), masks, tolerance)
 

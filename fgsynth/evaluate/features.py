@@ -7,11 +7,12 @@ __all__ = ['encoder_device', 'features', 'check_features', 'labelled_split', 'sp
 
 # %% ../../nbs/evaluate/00_features.ipynb #25401225
 import torch
+from contextlib import nullcontext
 from torch import Tensor, nn
 from ..core import InputError
-from ..distrib import gather_uneven, own_rows, world
+from ..distrib import failing_together, gather, gather_uneven, own_rows, world
 from ..data.crops import CutImages, kept_side
-from ..data.images import float_images, load_images
+from ..data.images import float_images, load_images, warn_unreadable
 from ..data.items import check_labels
 from ..nets.encoders import eval_mode
 
@@ -20,19 +21,39 @@ def _check_size(size):
     if size is None:
         raise InputError("Images given as files need a size: pass `size=` in pixels.")
 
-def _batches(images, bs, size):
+def _readable(files, size):
+    "Decoded images, of which there may be none"
+    try: return load_images(files, size)[0]
+    except InputError:
+        warn_unreadable(files, len(files))
+        return torch.empty(0, 3, size, size, dtype=torch.uint8)
+
+def _batches(images, bs, size, rows=None):
     "Batches of images as they come: uint8 or float tensors (b, 3, H, W)"
-    if isinstance(images, Tensor): yield from images.split(bs)
+    if rows is not None: yield from (images[i] for i in rows.split(bs))
+    elif isinstance(images, Tensor): yield from images.split(bs)
     elif hasattr(images, 'dataset') or not hasattr(images, '__getitem__'): # a loader, or a generator
         for b in images: yield b if isinstance(b, Tensor) else b[0]
     else:
         if len(images): _check_size(size)
-        for i in range(0, len(images), bs): yield load_images(images[i:i+bs], size)[0]
+        for i in range(0, len(images), bs): yield _readable(images[i:i+bs], size)
 
 # %% ../../nbs/evaluate/00_features.ipynb #1390d944
 def encoder_device(encoder:nn.Module)->torch.device: # The CPU for a network without parameters and buffers
     "Where a network is"
     return next((p.device for p in [*encoder.parameters(), *encoder.buffers()]), torch.device('cpu'))
+
+# %% ../../nbs/evaluate/00_features.ipynb #6ed354b5
+def _encode_all(encoder, batches, device, size):
+    "Features (n, d) of all batches; None without images"
+    zs = [encoder(float_images(x.to(device, non_blocking=True), size)).float().cpu() for x in batches if len(x)]
+    return torch.cat(zs) if zs else None
+
+def _gather_shares(z, device):
+    "The features of all processes, of which some may have none"
+    d = int(gather(torch.tensor([0 if z is None else z.shape[1]], device=device)).max())
+    z = torch.zeros(0, d) if z is None else z
+    return gather_uneven(z.to(device)).cpu() if d else None
 
 # %% ../../nbs/evaluate/00_features.ipynb #149301b1
 @torch.no_grad()
@@ -43,21 +64,22 @@ def features(
     size:int=None, # Side in pixels to which images are resized; None: as they are
     device=None, # Where the encoder runs; None: where it is
     distributed:bool=False, # Shared out over the processes, all of which call this and get the features of all images?
+    rows:Tensor=None, # Positions (N,) of the images to take of a tensor; None: all
 )->Tensor: # (N, d) float32 on the CPU
     "Features of all images in eval mode, without gradients"
     if device is None: device = encoder_device(encoder)
     else: encoder.to(device)
     if distributed and isinstance(images, torch.utils.data.DataLoader):
         raise InputError("A DataLoader cannot be shared out over processes: give a tensor or a list of files.")
-    shared = distributed and len(images)>=world()
-    if shared: images = images[own_rows(len(images))]
-    with eval_mode(encoder):
-        zs = [encoder(float_images(x.to(device, non_blocking=True), size)).float().cpu()
-              for x in _batches(images, bs, size)]
-    if not zs:
-        raise InputError("There are no images to take features of.")
-    z = torch.cat(zs)
-    return gather_uneven(z.to(device)).cpu() if shared else z
+    if shared := distributed and world()>1 and (n := len(images if rows is None else rows))>=world():
+        if rows is None: images = images[own_rows(n)]
+        else: rows = rows[own_rows(n)]
+    with failing_together() if shared else nullcontext(), eval_mode(encoder):
+        z = _encode_all(encoder, _batches(images, bs, size, rows), device, size)
+    if shared: z = _gather_shares(z, device)
+    if z is None:
+        raise InputError("There are no images to take features of, or none that can be read.")
+    return z
 
 # %% ../../nbs/evaluate/00_features.ipynb #2a61e0ae
 def _check_finite(z, what):

@@ -44,10 +44,11 @@ def decoded_features(
         return torch.cat([features(encoder, decoder(o.to(dev)), device=device) for o in z.split(bs)])
 
 # %% ../../nbs/evaluate/03_measures.ipynb #b2d0548a
-def _probe_on(encoder, x, z, y, n_classes, seed, flip, bs, augment, **kw):
-    "A probe from cached features, or with `augment` through new random crops of `x` in every epoch"
-    with fresh_crops(encoder, x, seed, flip, bs) if augment else nullcontext() as draw:
-        return fit_probe(z, y, n_classes, seed=seed, draw=draw, **kw)
+def _probe_on(encoder, x, rows, z, y, n_classes, seed, flip, bs, augment, **kw):
+    "A probe from cached features of some rows, or with `augment` through new random crops of `x` in every epoch"
+    with fresh_crops(encoder, x, seed, flip, bs) if augment else nullcontext() as crops:
+        draw = (lambda i: crops(rows[i.cpu()])) if augment else None
+        return fit_probe(z[rows], y[rows], n_classes, seed=seed, draw=draw, **kw)
 
 # %% ../../nbs/evaluate/03_measures.ipynb #f9105e44
 def evaluate(
@@ -74,8 +75,8 @@ def evaluate(
     say(f'features of {len(z):,} training and {len(z_test):,} test images')
     res,n_classes = {}, int(max(y.max(), y_test.max()))+1
     for pct in pcts:
-        i = torch.isin(good, label_fraction(items, pct, seed))
-        probe = _probe_on(encoder, x[i], z[i], y[i], n_classes, seed, flip, bs, augment, **kw)
+        rows = torch.isin(good, label_fraction(items, pct, seed)).nonzero()[:,0]
+        probe = _probe_on(encoder, x, rows, z, y, n_classes, seed, flip, bs, augment, **kw)
         top1 = res[f'top1_{100*pct:g}'] = _accuracy(probe, z_test, y_test)
         if decoder is not None and pct==max(pcts):
             res['decoded_top1'] = _accuracy(probe, decoded_features(encoder, decoder, z_test, bs, device), y_test)

@@ -67,7 +67,7 @@ def fit_probe(
     epochs:int=100, # Epochs (paper, appendix B.3: 100)
     lr:float=30., # Learning rate at the start (appendix B.3: 30)
     momentum:float=0.9, # Of SGD (appendix B.3: 0.9)
-    bs:int=256, # Largest size of a batch (appendix B.3: 256)
+    bs:int=128, # Largest size of a batch (appendix B.3: 128)
     schedule:str='cosine', # 'cosine' or 'step', see `probe_lr`
     seed:int=0, # Order of the images
     draw=None, # Function from indices (b,) to fresh features (b, d) of those images; None: the rows of `z`
@@ -138,11 +138,11 @@ def fresh_crops(
 
 # %% ../../nbs/evaluate/01_probe.ipynb #53e92341
 def _probe_images(items, pct, seed, size, keep):
-    "A share of the labelled training images, and the test images: x, y, x_test, y_test"
+    "Training images, positions and labels of the share that is used, test images and labels"
     x,y,good = labelled_split(items, 'train', size, keep)
     x_test,y_test,_ = labelled_split(items, 'test', size)
-    keep = torch.isin(good, label_fraction(items, pct, seed))
-    return x[keep], y[keep], x_test, y_test
+    rows = torch.isin(good, label_fraction(items, pct, seed)).nonzero()[:,0]
+    return x, rows, y[rows], x_test, y_test
 
 # %% ../../nbs/evaluate/01_probe.ipynb #de2110bf
 def linear_probe(
@@ -160,18 +160,19 @@ def linear_probe(
     flip:float=0.5, # Probability of mirroring where `augment`; 0 for images such as traffic signs
     keep:float=2., # Side of the pictures that crops are cut from where `augment`, as a multiple of `size`
     top5:bool=False, # Return `(top1, top5)`?
-    bs:int=256, # Largest size of a batch (appendix B.3: 256)
+    bs:int=128, # Largest size of a batch (appendix B.3: 128)
     device=None, # Where the encoder runs; None: where it is
     distributed:bool=False, # As in `features`; the crops of `augment` are not shared out
 ): # Top-1 in percent, or the pair
     "Linear probe of a frozen encoder by the protocol of the paper's appendix B.3"
-    x,y,x_test,y_test = _probe_images(items, pct, seed, size, keep if augment else 1.)
-    z,z_test = [features(encoder, o, device=device, distributed=distributed) for o in (x,x_test)]
+    x,rows,y,x_test,y_test = _probe_images(items, pct, seed, size, keep if augment else 1.)
+    of = dict(device=device, distributed=distributed)
+    z,z_test = features(encoder, x, rows=rows, **of),features(encoder, x_test, **of)
     kw = dict(seed=seed, epochs=epochs, lr=lr, schedule=schedule, bs=bs, top5=top5)
     kw['n_classes'] = int(max(y.max(), y_test.max()))+1
     if not augment: return probe_features(z, y, z_test, y_test, **kw)
-    with fresh_crops(encoder, x, seed, flip, bs, scale, ratio) as draw:
-        return probe_features(z, y, z_test, y_test, draw=draw, **kw)
+    with fresh_crops(encoder, x, seed, flip, bs, scale, ratio) as crops:
+        return probe_features(z, y, z_test, y_test, draw=lambda i: crops(rows[i.cpu()]), **kw)
 
 # %% ../../nbs/evaluate/01_probe.ipynb #e7714d8d
 @patch

@@ -115,9 +115,9 @@ def ssl_learner(
     by_stage:bool=False, # One group of parameters for each stage, as for discriminative learning rates
     compile=False, # Compile encoders and decoder: True, or the arguments of `torch.compile` as a dict
     health:bool=True, # Stop at numbers that are not finite, and warn of collapse and the like (`HealthCallback`)
-    opt_func=partial(SGD, mom=0.9, decouple_wd=False), # SGD (section 4.1)
-    lr=0.03, # Learning rate (section 4.1)
-    wd=1e-4, # Weight decay (section 4.1)
+    opt_func=partial(SGD, mom=0.9, decouple_wd=False), # SGD (appendix B.1)
+    lr=0.03, # Learning rate (appendix B.1)
+    wd=1e-4, # Weight decay (MoCo's)
     wd_bn_bias=True, # Weight decay on batch norm and biases too, as PyTorch's SGD has it
     moms=(0.9,0.9,0.9), # Momentum stays constant under `fit_one_cycle`
     **kwargs
@@ -147,7 +147,7 @@ def fit_cosine(self:Learner,
     lr=None, # At the start: a number, a slice, or one for each group of parameters; by default `learn.lr`
     cbs=None, # More callbacks
 ):
-    "Train while every learning rate falls to 0 along half a cosine (section 4.1), but for heads that are `held`"
+    "Train while every learning rate falls to 0 along half a cosine (appendix B.1), but for heads that are `held`"
     held,splitter = self.ssl.held,self.splitter
     self.splitter = lambda model: get_model(model).param_groups(held) # those that are held come last
     try:

@@ -66,9 +66,9 @@ def enqueue(self:MoCoModel,
 class MoCoV2(SSLMethod):
     "Momentum contrast with MLP head and stronger views (Chen et al. 2020, arXiv 2003.04297)"
     def __init__(self,
-        K:int=None, # Length of the queue; 65,536 (section 4.1), or less for small data sets (`queue_length`)
+        K:int=None, # Length of the queue; 65,536 (appendix B.1), or less for small data sets (`queue_length`)
         dim:int=128, # Length of an embedding (MoCo v2)
-        momentum:float=0.999, # Of the key encoder (section 4.1)
+        momentum:float=0.999, # Of the key encoder (appendix B.1)
         temperature:float=0.2, # Of the InfoNCE loss and of the pair loss (section 4.1)
         mask_same_image:bool=False, # Take older keys of the same image out of the negatives
         shuffle_bn:bool=True, # In several processes, compute keys among other images (MoCo, section 3.3)
@@ -76,6 +76,11 @@ class MoCoV2(SSLMethod):
     ):
         super().__init__(views, temperature)
         store_attr('K,dim,momentum,mask_same_image,shuffle_bn')
+
+# %% ../../nbs/methods/01_mocov2.ipynb #891e013c
+def _own_key_share(K, n):
+    "How often the queue of `K` keys holds an older key of the very image that asks, of `n` images"
+    return K**2/(2*n**2) if K<=n else 1 - max(0, 2*n-K)**2/(2*n**2)
 
 # %% ../../nbs/methods/01_mocov2.ipynb #aa5bb99a
 @patch
@@ -85,10 +90,9 @@ def queue_length(self:MoCoV2,
 )->int:
     "The `K` that was given; by default what one epoch yields, at most 65,536"
     K = self.K or max(bs, min(65536, n)//bs*bs)
-    if K>n and not self.mask_same_image:
-        warnings.warn(
-            f"The queue (K = {K}) is longer than the data set ({n} images), so every image meets itself as a negative: "
-            "choose a smaller K or mask_same_image=True.")
+    if self.K and K>n/2 and not self.mask_same_image:
+        warnings.warn(f"The queue (K = {K:,}) is long for {n:,} images: in {_own_key_share(K, n):.0%} of the cases an "
+                      f"image meets its own old key as a negative. Choose a smaller K or mask_same_image.")
     return K
 
 # %% ../../nbs/methods/01_mocov2.ipynb #e8c324fb

@@ -39,7 +39,8 @@ def write_index(
     if not files:
         raise InputError(f"None of the {len(asked):,} images in {root} can be read: check that they are image files.")
     found = {name for name,*_ in files}
-    about = dict(root=str(root), encoder=encoder, dim=(folder/'new.f16').stat().st_size//2//len(files), files=files,
+    about = dict(root=os.path.abspath(root), encoder=encoder,
+                 dim=(folder/'new.f16').stat().st_size//2//len(files), files=files,
                  bad=[o for o in asked if o[0] not in found])
     key = about['key'] = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
     torch.cat(norms).numpy().tofile(folder/f'{key}.f32')

@@ -20,14 +20,14 @@ from ..data.folders import find_images, is_run
 from ..data.datasets import get_dataset
 from ..nets.encoders import load_encoder
 from ..evaluate.features import features
-from ..runs.report import read_run
+from ..runs.report import images_of_run, read_run
 from .index import ImageIndex, write_index
 
 # %% ../../nbs/own/01_search.ipynb #2805bce8
 def _trained_on(settings, path=None):
     "Folder or name of the data that a run was trained on, and where it lies"
-    data,path = settings['data'],path or settings['path']
-    if path is None and not Path(data).expanduser().is_dir():
+    data,path = images_of_run(settings, path)
+    if path is None and not os.path.isdir(data):
         raise InputError(f"The images that the run was trained on, {data!r}, are not here as files: "
                          f"name their folder with --data.")
     return data,path
@@ -107,6 +107,13 @@ def _new_blocks(encoder, stats, bs, progress):
         z,good = _encode(encoder, [stats[o][0] for o in some], bs)
         if good: yield [[some[j], *stats[some[j]][1:]] for j in good], F.normalize(z, dim=1), z.norm(dim=1)
 
+# %% ../../nbs/own/01_search.ipynb #25a9c526
+def _check_root(folder, old, root):
+    "Refuse to replace the index of another folder that is still there"
+    if old is None or not Path(old).is_dir() or os.path.samefile(old, root): return
+    raise InputError(f"The index in {str(folder)!r} is of the images in {old!r}, and the run's seem to lie in "
+                     f"{str(root)!r}: name the folder with --data, or another place for the index with --index.")
+
 # %% ../../nbs/own/01_search.ipynb #13e8265d
 @contextmanager
 def writing_to(
@@ -131,11 +138,13 @@ def build_index(
 )->ImageIndex:
     "Features of all images of a run, computed once; later only for images that are new or have changed"
     settings,weights = read_run(run),Path(run)/'encoder.safetensors'
+    doubtful = data is None and path is None and not os.path.isabs(settings['path'] or settings['data'])
     if data is None: data,path = _trained_on(settings, path)
     files,root = _image_files(data, path)
     folder = Path(folder or Path(run)/'index')
     encoder = hashlib.sha256(weights.read_bytes()).hexdigest()
     now,old = _stats(files, root),_read_about(folder, encoder)
+    if doubtful: _check_root(folder, old['root'], root)
     same,bad,new = _compare(old, now)
     if same and not new and (len(same), bad, str(root))==(len(old['files']), old['bad'], old['root']):
         return ImageIndex(folder)

@@ -10,11 +10,11 @@ from fastcore.script import store_true
 from fastai.basics import *
 from ..core import InputError
 from ..files import write_csv
-from ..distrib import join_processes, rank, wait_for_others
+from ..distrib import failing_together, join_processes, rank
 from ..cli import run_command
 from ..nets.encoders import load_encoder
 from ..evaluate.measures import evaluate
-from .report import describe_attention, read_run, save_neighbours, text_table, write_report
+from .report import describe_attention, images_of_run, read_run, save_neighbours, text_table, write_report
 from .train import run_items
 
 # %% ../../nbs/runs/05_measure.ipynb #128ea396
@@ -48,21 +48,22 @@ def evaluate_run(
     run:str, # Folder of a run
     data:str=None, # Labelled data set to evaluate on; by default the one it was trained on
     path:str=None, # Where that data set lies
+    cache_dir:str=None, # Folder that keeps decoded images, more than fit into memory; by default the run's, if any
     seed:int=0, # Chooses the labelled images of the 50 and 20 % probes
     augment:store_true=False, # The linear probe on new random crops of the images in each epoch (appendix B.3)
     flip:float=0.5, # Probability of mirroring these crops; 0 for images such as traffic signs
 )->dict: # The row that was written to metrics.csv
     "Measure a run's encoder by linear probe (100, 50, 20 % of the labels) and retrieval"
     run,s = Path(run),read_complete_run(run)
-    if data is None: data,path = s['data'],path or s['path']
-    items = run_items(data, path, s['size'])
+    if data is None: data,path = images_of_run(s, path)
+    items = run_items(data, path, s['size'], cache_dir or s.get('cache_dir'))
     encoder = load_encoder(run/'encoder.safetensors').to(join_processes())
     measures = evaluate(encoder, items, s['size'], seed=seed, progress=noop if rank() else print, distributed=True,
                         augment=augment, flip=flip, keep=s.get('keep', 1.))
     row = dict(method=s['method'], synth=s['synth'], seed=s['seed'], epochs=s['epochs'], data=items.name,
                **measures, seconds=s['seconds'])
-    if not rank(): write_measures(run, s, row, encoder, items)
-    wait_for_others()
+    with failing_together():
+        if not rank(): write_measures(run, s, row, encoder, items)
     return row
 
 # %% ../../nbs/runs/05_measure.ipynb #cbd7b82f

@@ -19,7 +19,7 @@ from ..evaluate.measures import evaluate
 from ..evaluate.shake import shake_test
 from ..show.pictures import history
 from .presets import Settings
-from .train import fit_run, make_learner, run_items
+from .train import fit_run, kept_encoder, make_learner, run_items
 
 # %% ../../nbs/runs/07_table.ipynb #35d77f11
 def vary(
@@ -74,7 +74,8 @@ experiments = dict(
 # %% ../../nbs/runs/07_table.ipynb #f0ab71c8
 _measures = 'seconds top1_100 top1_50 top1_20 rank1 rank5 map rank1_gallery map_gallery'.split()
 _first = 'experiment data encoder size method synth seed epochs'.split()
-_train = 'bs lr schedule head_mult frozen_stages layer_decay momentum pretrained frozen_bn'.split()
+_method = 'K mask_same_image temperature opt wd teacher'.split()
+_train = 'bs lr schedule head_mult frozen_stages layer_decay momentum pretrained frozen_bn'.split() + _method
 _pair = 'lam max_pairs anchor features'.split()
 _decoder = 'pretrain_epochs update decoder_lr decoder_width decoder_grid decoder_draw beta'.split()
 _noise = 'sigma_cam sigma_var tau target norm absolute distance augment residual'.split()
@@ -100,7 +101,7 @@ def row_key(
     "The columns that say which run a row belongs to"
     unused = [*_unused.get(s.synth, []), *([] if s.method=='mocov2' else ['momentum'])]
     names = _first[3:] + _train + _pair + _decoder + _noise
-    key = dict(data=s.data, encoder=s.arch, **{k:getattr(s, k) for k in names}, split=split)
+    key = dict(data=s.located().data, encoder=s.arch, **{k:getattr(s, k) for k in names}, split=split)
     return {k:'' if k in unused else _as_text(v) for k,v in key.items()}
 
 # %% ../../nbs/runs/07_table.ipynb #c45335b3
@@ -154,7 +155,7 @@ def measure_run(
     if s.epochs:
         with learn.no_logging(): seconds += fit_run(learn, s)
         last = {k:v[-1] for k,v in history(learn).items()}
-    measures = evaluate(net.encoder, items, s.size, seed=s.seed, decoder=getattr(net, 'decoder', None))
+    measures = evaluate(kept_encoder(learn, s), items, s.size, seed=s.seed, decoder=getattr(net, 'decoder', None))
     return dict(row_key(s, split), seconds=seconds, **{k:last.get(k) for k in ('feat_std','rec_loss','pair_diff')},
                 **measures, commit=code_commit(), machine=machine_name(), torch=torch.__version__)
 
@@ -248,6 +249,7 @@ def shake_runs(
     path=None, # Where it lies
 )->pd.DataFrame: # All rows of the file
     "`shake_test` with several seeds, where it is missing"
+    data = Settings(data=data).located().data
     done = pd.read_csv(out) if out.is_file() else pd.DataFrame(columns=['data','seed','preset'])
     for seed in seeds:
         if ((done.data==data) & (done.seed==seed) & (done.preset==preset)).any(): continue

@@ -109,7 +109,7 @@ class PerturbCallback(SynthCallback):
     "Shake the features' irrelevant dimensions (Eq. 3 to 6)"
     order,run_valid = 2,False
     def __init__(self,
-        mode:str='both', # 'both' (the method), 'cam', 'low_var', or 'random' (the same energy everywhere) (Table 4)
+        mode:str='both', # 'both', 'cam' or 'low_var' (Table 4), or 'random' (the same energy everywhere, Table 8)
         sigma_cam:float=3., # Strength of the noise by Grad-CAM (Eq. 5), in units of the features' standard deviation
         sigma_var:float=3., # Strength of the noise on low-variance dimensions (Eq. 6), likewise
         tau:float=0.905, # Threshold of low variance in units of 1/sqrt(d): the paper's 0.02 at d = 2048 (Table 7)

@@ -57,7 +57,7 @@ def _without_decoder(settings, augment):
 # %% ../../nbs/synth/04_controls.ipynb #cf68e3ae
 synth_modes = dict(
     none='the method alone',
-    both='synthesized pairs, shaken by scores and by variance (the method of the paper)',
+    both="synthesized pairs, shaken by scores and by variance: the paper's method, with our departures by default",
     cam='by scores alone',
     low_var='by variance alone',
     random='everywhere alike, with the same energy',

@@ -11,7 +11,7 @@ from contextlib import contextmanager, nullcontext
 from fastai.callback.fp16 import MixedPrecision
 from fastai.basics import *
 from ..core import InputError
-from ..distrib import broadcast, fastai_distributed, gather, world
+from ..distrib import any_process, broadcast, fastai_distributed, gather, world
 from ..data.images import float_images
 from ..methods.base import SSLMethod, batch_stats_only
 from ..methods.health import HealthCallback, grad_scaler
@@ -19,7 +19,8 @@ from .perturb import Synthesis
 
 # %% ../../nbs/synth/01_decoding.ipynb #c565bbe5
 class AutoEncoder(nn.Module):
-    "A decoder behind a frozen encoder that sees each image once"
+    "A decoder behind a frozen encoder that sees each image once, if the features of all fit into `most_bytes`"
+    most_bytes = 2e9
     def __init__(self,
         net:nn.Module, # A model with an `encoder` and a `decoder`
         n:int, # Number of images in the training set
@@ -28,7 +29,17 @@ class AutoEncoder(nn.Module):
         self.decoder = net.decoder
         self.__dict__.update(net=net, zs=None, seen=torch.zeros(n, dtype=torch.bool))
 
+    def keeps(self, d): return 4*len(self.seen)*d<=self.most_bytes # features of `d` numbers
+
     def forward(self, x, i): return self.decoder(self.encode(x, i))
+
+# %% ../../nbs/synth/01_decoding.ipynb #cad43160
+@patch
+def _must_encode(self:AutoEncoder, i):
+    "Are there images to encode, here or in a process that would wait for this one?"
+    here = self.zs is None or not self.seen[i].all()
+    synced = any(isinstance(m, nn.SyncBatchNorm) for m in self.net.encoder.modules())
+    return any_process(here) if synced else here
 
 # %% ../../nbs/synth/01_decoding.ipynb #5155d2da
 @patch
@@ -38,12 +49,13 @@ def encode(self:AutoEncoder,
     i, # Their indices (B,), on the CPU
 )->Tensor: # Features (B, d)
     "Features of images, each computed when it comes for the first time; the first batch calibrates the decoder"
-    if not self.seen[i].all() or self.zs is None:
-        with batch_stats_only(self.net.encoder): z = self.net.encoder(x).float()
-        if self.zs is None: self.__dict__['zs'] = torch.empty(len(self.seen), z.shape[1])
+    if not self._must_encode(i): return self.zs[i].to(x.device)
+    with batch_stats_only(self.net.encoder): z = self.net.encoder(x).float()
+    if not self.decoder.calibrated: self.decoder.calibrate(gather(z))
+    if self.keeps(d := z.shape[1]):
+        if self.zs is None: self.__dict__['zs'] = torch.empty(len(self.seen), d)
         self.zs[i],self.seen[i] = z.cpu(),True
-        if not self.decoder.calibrated: self.decoder.calibrate(gather(z))
-    return self.zs[i].to(x.device)
+    return z
 
 # %% ../../nbs/synth/01_decoding.ipynb #ff334286
 @patch
@@ -88,7 +100,7 @@ def _pretraining_callbacks(learn, cbs):
 # %% ../../nbs/synth/01_decoding.ipynb #7f58b511
 @patch
 def pretrain_decoder(self:Learner,
-    n_epoch:int=5, # Epochs; the paper takes 200 (section 4.1)
+    n_epoch:int=5, # Epochs; the paper takes 200 (appendix B.2)
     lr:float=2e-3, # Peak learning rate of Adam
     cbs=None, # Callbacks for the pre-training
 )->Learner: # The learner of the pre-training, with its recorder

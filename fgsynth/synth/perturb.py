@@ -169,7 +169,7 @@ def random_noise(
     sigma, # Standard deviation: a number, or (B, 1) for one per image
     generator=None, # Source of randomness; the global one by default
 ): # Noise (B, d)
-    "The same noise on every dimension (the paper's control in Table 4)"
+    "The same noise on every dimension (the paper's control in Table 8)"
     return _randn(z.shape, z, generator) * sigma
 
 # %% ../../nbs/synth/00_perturb.ipynb #dc30cfb9
