@@ -159,7 +159,7 @@ def size(self:SSLMethod): return self.learn.dls.size
 @patch(as_prop=True)
 def views(self:SSLMethod):
     if self._views is not None: return self._views
-    if self.size not in self._by_size: self._by_size = {self.size: self.recipe(self.size)} # images may change their size
+    if self.size not in self._by_size: self._by_size = {self.size: self.recipe(self.size)}
     return self._by_size[self.size]
 
 # %% ../../nbs/methods/00_base.ipynb #27a9ffc6

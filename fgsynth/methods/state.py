@@ -72,17 +72,34 @@ class SSLLearner(Learner):
         self.ssl.expect_validation()
         if getattr(dls, 'items', None) is not getattr(old, 'items', None): forget_indices(get_model(self.model))
 
-    def add_cb(self, cb):
-        super().add_cb(cb)
-        if self.made and getattr(self.cbs[-1], 'joins_late', False): self.cbs[-1]('after_create')
-        return self
+# %% ../../nbs/methods/07_state.ipynb #1df07412
+@patch
+def _take_back(self:SSLLearner, n):
+    "Remove all callbacks but the first `n`, which may have the same names"
+    self.remove_cbs(self.cbs[n:])
+    for cb in self.cbs: setattr(self, cb.name, cb)
 
-    def add_cbs(self, cbs):
-        n = len(self.cbs)
-        try: return super().add_cbs(cbs)
-        except InputError:
-            self.remove_cbs(self.cbs[n:])
-            raise
+@patch
+def add_cb(self:SSLLearner, cb): # A callback, or its class
+    "As fastai's; what a callback must prepare, it does now"
+    n = len(self.cbs)
+    Learner.add_cb(self, cb)
+    try:
+        if self.made and getattr(self.cbs[n], 'joins_late', False): self.cbs[n]('after_create')
+    except InputError:
+        self._take_back(n)
+        raise
+    return self
+
+# %% ../../nbs/methods/07_state.ipynb #154a2c7b
+@patch
+def add_cbs(self:SSLLearner, cbs): # Callbacks
+    "As fastai's; all of them join, or none"
+    n = len(self.cbs)
+    try: return Learner.add_cbs(self, cbs)
+    except InputError:
+        self._take_back(n)
+        raise
 
 # %% ../../nbs/methods/07_state.ipynb #4b91ac82
 @patch
@@ -114,10 +131,12 @@ def _begin_anew(net, names, state, *_):
 # %% ../../nbs/methods/07_state.ipynb #8f232548
 def _drop_misfits(opt):
     "Moments of parameters that have another shape now"
-    for p,_,state,_ in opt.all_params():
+    for p,state in getattr(opt, 'opt', opt).state.items():
         for k in [k for k,v in state.items() if isinstance(v, Tensor) and v.dim() and v.shape!=p.shape]: del state[k]
 
-def _first_misfit(e): return (str(e).splitlines()[1:] or [str(e)])[0].strip().rstrip('.:')
+def _first_misfit(e):
+    first = (str(e).splitlines()[1:] or [str(e)])[0].strip().rstrip('.:')
+    return first if len(first)<150 else f'{first[:150]} ...'
 
 # %% ../../nbs/methods/07_state.ipynb #b4fc1af9
 @patch
@@ -161,7 +180,8 @@ def without_images(
     holders = [(o, dict(vars(o))) for o in (learn, net, *learn.cbs)]
     memories = [(b, b.clone()) for n,b in net.named_buffers() if n.split('.')[0] in sum(net.memories, ())]
     try:
-        for o,kept in holders: vars(o).update({k:None for k,v in kept.items() if k not in _of_modules and _holds_rows(v)})
+        for o,kept in holders:
+            vars(o).update({k:None for k,v in kept.items() if k not in _of_modules and _holds_rows(v)})
         learn._end_cleanup()
         learn.opt,vars(learn)['dls'] = None,learn.dls.new_empty()
         with seeded(0, learn.dls.device):
