@@ -136,7 +136,7 @@ def _drop_misfits(opt):
 
 def _first_misfit(e):
     first = (str(e).splitlines()[1:] or [str(e)])[0].strip().rstrip('.:')
-    return first if len(first)<150 else f'{first[:150]} ...'
+    return first.split(', ')[0] if 'key(s)' in first else first
 
 # %% ../../nbs/methods/07_state.ipynb #b4fc1af9
 @patch
@@ -157,8 +157,8 @@ def load(self:SSLLearner,
     finally: hook.remove()
     _drop_misfits(self.opt)
     if anew:
-        warnings.warn(f"In {str(file)!r} {' and '.join(anew)} belong to another number of images: they begin anew, "
-                      "and all the rest was taken over.")
+        warnings.warn(f"{str(file)!r} was saved with another number of images: what depends on it "
+                      f"({' and '.join(anew)}) begins anew, and all the rest was taken over.")
     return self
 
 # %% ../../nbs/methods/07_state.ipynb #20ee194a
@@ -183,8 +183,8 @@ def without_images(
         for o,kept in holders:
             vars(o).update({k:None for k,v in kept.items() if k not in _of_modules and _holds_rows(v)})
         learn._end_cleanup()
-        learn.opt,vars(learn)['dls'] = None,learn.dls.new_empty()
-        with seeded(0, learn.dls.device):
+        with seeded(0, learn.dls.device): # new loaders, and a new queue, draw random numbers
+            learn.opt,vars(learn)['dls'] = None,learn.dls.new_empty()
             for part in 'queue','bank': _empty(net, part)
         yield
     finally:
