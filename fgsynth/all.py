@@ -40,6 +40,7 @@ from .methods.simclr import *
 from .methods.byol import *
 from .methods.dino import *
 from .methods.health import *
+from .methods.state import *
 from .methods.learner import *
 
 # %% ../nbs/04_all.ipynb #fa04ac4f

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['world', 'rank', 'close_group', 'own_device', 'on_wire', 'gather', 'gather_with_grad', 'gather_uneven', 'broadcast',
            'Shuffle', 'mean_over_processes', 'sum_over_processes', 'any_process', 'failing_together', 'own_rows',
-           'draw_apart', 'fastai_distributed', 'join_processes']
+           'random_states', 'restore_random_states', 'seeded', 'draw_apart', 'fastai_distributed', 'join_processes']
 
 # %% ../nbs/02_distrib.ipynb #8c9f14cf
-import os, torch, torch.distributed as dist
+import os, random, numpy as np, torch, torch.distributed as dist
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
@@ -160,12 +160,57 @@ def own_rows(
     "The rows that this process takes care of"
     return slice(n*rank()//world(), n*(rank()+1)//world())
 
-# %% ../nbs/02_distrib.ipynb #73f3952a
-def draw_apart(
-    step:int=0, # Any number that is not used twice in a run
+# %% ../nbs/02_distrib.ipynb #3a075928
+def random_states(
+    device:torch.device, # Where the numbers are drawn
+)->dict: # For `restore_random_states`
+    "The random states of Python, NumPy, PyTorch and the device"
+    name,keys,*rest = np.random.get_state()
+    numpy = (name, torch.from_numpy(keys.astype(np.int64)), *rest)
+    res = dict(python=random.getstate(), numpy=numpy, torch=torch.get_rng_state())
+    if device.type!='cpu': res['device'] = getattr(torch, device.type).get_rng_state(device)
+    return res
+
+# %% ../nbs/02_distrib.ipynb #0a752d75
+def restore_random_states(
+    s:dict, # From `random_states`
+    device:torch.device, # Where the numbers are drawn
 ):
+    "From here on, the same random numbers are drawn as from there"
+    name,keys,*rest = s['numpy']
+    random.setstate(s['python'])
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(s['torch'])
+    if device.type!='cpu' and 'device' in s: getattr(torch, device.type).set_rng_state(s['device'], device)
+
+# %% ../nbs/02_distrib.ipynb #169be9dd
+def _states_of_seed(seed, device):
+    "The states that a seed leads to, as `random_states` has them; no generator is touched"
+    name,keys,*rest = np.random.RandomState(seed % 2**32).get_state()
+    def state(where): return torch.Generator(where).manual_seed(seed).get_state()
+    res = dict(python=random.Random(seed).getstate(), torch=state('cpu'),
+               numpy=(name, torch.from_numpy(keys.astype(np.int64)), *rest))
+    return res if device.type=='cpu' else {**res, 'device':state(device)}
+
+# %% ../nbs/02_distrib.ipynb #a3393a76
+@contextmanager
+def seeded(
+    seed:int, # From 0 to 2**63 - 1
+    device='cpu', # Where numbers are drawn, besides the CPU
+):
+    "Inside, all random numbers come from a seed; afterwards all generators go on as if nothing had been drawn"
+    device = torch.device(device)
+    before = random_states(device)
+    restore_random_states(_states_of_seed(seed, device), device)
+    try: yield
+    finally: restore_random_states(before, device)
+
+# %% ../nbs/02_distrib.ipynb #73f3952a
+def draw_apart():
     "From here on each process draws random numbers of its own"
-    if world()>1: torch.manual_seed((torch.initial_seed() + 1_000_003*rank() + step) % 2**63)
+    if not rank(): return
+    seed = (int(torch.randint(2**62, ())) + 1_000_003*rank()) % 2**63
+    random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
 
 # %% ../nbs/02_distrib.ipynb #2a02b2ab
 def _broadcast_indices(self, t, rank):

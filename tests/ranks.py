@@ -1,5 +1,5 @@
 "What `test_distrib.py` runs in each process; prints what it found from the first one"
-import sys, warnings
+import random, sys, warnings
 from contextlib import contextmanager, nullcontext
 import torch, torch.distributed as dist
 from fastai.basics import *
@@ -130,6 +130,13 @@ def everything():
             if rank()==0:
                 table = {k:f'{v:.3f}' for k,v in columns(learn).items()}
                 print(name, 'batch norm' if bn else 'no batch norm', table)
+    numbers = []
+    def drawn(x): numbers.append([random.random(), np.random.rand(), torch.rand(1).item()]); return two(x)
+    learn = train(SimSiam(32, 16, views=drawn), 50, 8, 1, cbs=[])
+    with processes(learn):
+        for _ in range(2): learn.fit(1, .01)
+    numbers = gather(torch.tensor(numbers, dtype=torch.double))
+    assert len(numbers.unique())==numbers.numel()==3*3*world()*(-(-50//world())//8), 'a fit drew what was drawn before'
     stop = EarlyStoppingCallback(patience=1)                                 # `valid_loss`, and all must stop together
     learn = train(SimSiam(32, 16), 67, 8, 12, bn=True, valid_pct=.25, cbs=[*synth_pairs(decoder_width=8), stop])
     same_columns(learn)

@@ -95,7 +95,7 @@ def decode(self:ImageDS, o, full=True):
 @patch
 def new_empty(self:ImageDS):
     images = torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)
-    return ImageDS(images, self.rows[:0], self.y[:0], self.size, True, self.vocab)
+    return ImageDS(images, self.rows[:0].clone(), self.y[:0].clone(), self.size, True, self.vocab)
 
 # %% ../../nbs/data/13_loaders.ipynb #e8619c5e
 @patch

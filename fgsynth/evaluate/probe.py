@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastcore.all import patch
 from fastai.learner import Learner
 from ..core import InputError, check_name
+from ..distrib import seeded
 from ..data.items import check_labels, label_fraction
 from ..data.views import Views
 from .features import ask_encoder, check_features, encoder_device, features, labelled_split
@@ -132,8 +133,7 @@ def fresh_crops(
     "Inside, a function from indices to features of new random crops, drawn from the seed"
     views = Views(x.shape[-1], n=1, scale=scale, ratio=ratio, flip=flip, p_jitter=0, p_grey=0, p_blur=0)
     dev = encoder_device(encoder)
-    with torch.random.fork_rng([dev] if dev.type=='cuda' else []):
-        torch.manual_seed(seed)
+    with seeded(seed, dev):
         yield lambda i: features(encoder, views(x[i].to(dev))[0], bs=bs)
 
 # %% ../../nbs/evaluate/01_probe.ipynb #53e92341

@@ -38,6 +38,8 @@ class SSLModel(nn.Module):
     "Encoder, heads and whatever else a method keeps; called with views, it returns what the loss compares"
     heads = ('projector',) # names of the modules that train beside the encoder
     by_stage = False # one group of parameters for each of the encoder's `stages`
+    fixed = () # names of parameters of the encoder that never train
+    memories = (('bank',),) # parts whose length goes by the data set; those of one tuple begin anew together
     def __init__(self,
         encoder:nn.Module, # f: images in [0, 1] to features (B, d)
         projector:nn.Module, # g: features to embeddings (B, m)
@@ -45,6 +47,7 @@ class SSLModel(nn.Module):
     ):
         super().__init__()
         self.encoder,self.projector,self.frozen_bn = encoder,projector,frozen_bn
+        self.register_buffer('step_count', torch.zeros((), dtype=torch.long)) # of all fits
 
     def forward(self, *views): return tuple(map(self.projector, self.features(*views)))
 
@@ -55,6 +58,13 @@ def features(self:SSLModel, *views): # Each (B, 3, H, W) in [0, 1]
     zs = [self.encoder(v) for v in views]
     self.last_features = zs[0].detach()
     return zs
+
+# %% ../../nbs/methods/00_base.ipynb #750f63f8
+@patch
+def _load_from_state_dict(self:SSLModel, state, prefix, *args, **kwargs):
+    "As PyTorch does it, but files of earlier versions may be without a count"
+    state.setdefault(f'{prefix}step_count', torch.full_like(self.step_count, 2**40))
+    nn.Module._load_from_state_dict(self, state, prefix, *args, **kwargs)
 
 # %% ../../nbs/methods/00_base.ipynb #a40791e9
 @patch
@@ -102,7 +112,8 @@ def param_groups(self:SSLModel,
     together = [h for h in self.heads if h not in apart]
     encoder = stages(self.encoder) if self.by_stage else [self.encoder.parameters()]
     heads = [[p for h in hs for p in getattr(self, h).parameters()] for hs in (together, apart) if hs]
-    return L(L(p for p in ps if p.requires_grad) for ps in (*encoder, *heads))
+    fixed = {id(p) for n,p in self.encoder.named_parameters() if n in self.fixed}
+    return L(L(p for p in ps if id(p) not in fixed) for ps in (*encoder, *heads))
 
 # %% ../../nbs/methods/00_base.ipynb #d157877c
 def feat_std(
@@ -133,10 +144,11 @@ class SSLMethod(Callback):
     held = () # heads whose learning rate stays where it is in `fit_cosine`
     signed = False # can the loss be negative?
     skipped = False # was the step that is being taken given up?
+    past_steps = 0 # above all numbers that earlier fits gave to their steps
     def __init__(self,
         views=None, # `Views` in place of the recipe's
         temperature:float=0.2, # Of the contrastive losses (section 4.1)
-    ): self._views,self.temperature = views,temperature
+    ): self._views,self._by_size,self.temperature = views,{},temperature
 
 # %% ../../nbs/methods/00_base.ipynb #8cf5cb6f
 @patch(as_prop=True)
@@ -147,8 +159,9 @@ def size(self:SSLMethod): return self.learn.dls.size
 
 @patch(as_prop=True)
 def views(self:SSLMethod):
-    if self._views is None: self._views = self.recipe(self.size)
-    return self._views
+    if self._views is not None: return self._views
+    if self.size not in self._by_size: self._by_size = {self.size: self.recipe(self.size)}
+    return self._by_size[self.size]
 
 # %% ../../nbs/methods/00_base.ipynb #27a9ffc6
 @patch
@@ -220,12 +233,18 @@ def add_term(self:SSLMethod, name): # A key of `learn.terms`
 
 # %% ../../nbs/methods/00_base.ipynb #b20751d2
 @patch
+def expect_validation(self:SSLMethod):
+    "Have columns for validation in the training table where there are images for it"
+    recorder,has_valid = self.learn.recorder,len(self.learn.dls.valid)>0
+    recorder.train_metrics,recorder.valid_metrics = True,has_valid
+    vars(recorder).pop('plot_loss', None)
+    if not has_valid: recorder.plot_loss = partial(recorder.plot_loss, with_valid=False)
+
+@patch
 def after_create(self:SSLMethod):
     self.learn.terms = {}
     for n in 'ssl_loss','feat_std': self.add_term(n)
-    recorder,has_valid = self.learn.recorder,len(self.learn.dls.valid)>0
-    recorder.train_metrics,recorder.valid_metrics = True,has_valid
-    if not has_valid: recorder.plot_loss = partial(recorder.plot_loss, with_valid=False)
+    self.expect_validation()
 
 # %% ../../nbs/methods/00_base.ipynb #a07b84b1
 @patch
@@ -242,11 +261,18 @@ def _start_together(self:SSLMethod):
 @patch
 def before_fit(self:SSLMethod):
     if world()>1: self._start_together()
+    self.past_steps = 2*int(self.net.step_count)
+    for p in self.net.parameters():
+        if not p.requires_grad: p.grad = None
     if self.signed and hasattr(self.learn, 'lr_finder'): self.learn.lr_finder.stop_div = False
 
 # %% ../../nbs/methods/00_base.ipynb #e154d495
 @patch
-def criterion(self:SSLMethod, pred, *yb): return self.loss(*pred)
+def criterion(self:SSLMethod, pred, *yb, reduction='mean'):
+    if reduction!='mean':
+        raise InputError("A self-supervised loss is that of a whole batch, so single images have none: "
+                         "leave out with_loss=True, or take learn.validate(), which gives the mean.")
+    return self.loss(*pred)
 
 @patch
 def before_batch(self:SSLMethod):
@@ -259,6 +285,7 @@ def before_batch(self:SSLMethod):
 @patch
 def after_loss(self:SSLMethod):
     self.learn.terms.update(ssl_loss=self.learn.loss.detach(), feat_std=feat_std(self.net.last_features))
+    if self.learn.training: self.net.step_count += 1
 
 # %% ../../nbs/methods/00_base.ipynb #ee016aff
 @patch

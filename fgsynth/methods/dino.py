@@ -48,6 +48,7 @@ def features_by_size(
 class DINOModel(SSLModel):
     "Student, teacher and centre; returns the student's logits for every view, then the teacher's for the first two"
     heads = ('projector','prototypes')
+    memories = (('prototypes','key_prototypes','centre'), *SSLModel.memories)
     def __init__(self,
         encoder:nn.Module, # f
         projector:nn.Module, # g, to the bottleneck
@@ -83,6 +84,7 @@ def forward(self:DINOModel, *views):
 # %% ../../nbs/methods/05_dino.ipynb #297f95ca
 class DINO(SSLMethod):
     "Self-distillation with no labels (Caron et al. 2021, arXiv 2104.14294)"
+    at_rest = False # do the prototypes stand still?
     def __init__(self,
         K:int=None, # Prototypes; 65,536 (`out_dim` in main_dino.py), or fewer for small data sets (`build`)
         n_local:int=8, # Small views, see `dino_views`
@@ -150,6 +152,10 @@ def follow(self:DINO): self.net.follow(rising_momentum(self.momentum, self.learn
 
 # %% ../../nbs/methods/05_dino.ipynb #70e48e26
 @patch
+def before_train(self:DINO): # once an epoch, so that no step waits for the number
+    self.at_rest = int(self.net.step_count) < self.freeze_last*len(self.learn.dls.train)
+
+@patch
 def after_backward(self:DINO):
     SSLMethod.after_backward(self)
-    if self.learn.epoch<self.freeze_last: self.net.prototypes.weight.grad = None
+    if self.at_rest: self.net.prototypes.weight.grad = None

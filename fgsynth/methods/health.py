@@ -55,7 +55,8 @@ def before_fit(self:HealthCallback):
     self.grads = {f'the gradient of {n}':p for n,p in from_last if p.numel()}
     self.first_bad = {}
     self.memory = None if self.watch else getattr(net, 'bank', None) # one that only stands by does not age
-    if self.memory is not None and not self.bank_sizes: self.bank_sizes = [[self.n_steps, int(self.memory.count)]]
+    count = 0 if self.memory is None else int(self.memory.count)
+    if not self.bank_sizes or count<self.bank_sizes[-1][1]: self.bank_sizes = [[self.n_steps, count]] # filled, or anew
 
 # %% ../../nbs/methods/06_health.ipynb #a0a9df48
 @patch

@@ -18,6 +18,7 @@ from .base import SSLMethod, SSLModel
 # %% ../../nbs/methods/01_mocov2.ipynb #df84520f
 class MoCoModel(SSLModel):
     "Encoder and projector, their slow copies, and a queue of keys"
+    memories = (('queue','queue_ids','ptr'), *SSLModel.memories)
     def __init__(self,
         encoder:nn.Module, # f
         projector:nn.Module, # g
@@ -61,6 +62,15 @@ def enqueue(self:MoCoModel,
     self.queue[at] = k
     self.queue_ids[at] = -1 if ids is None else ids[-K:].as_subclass(Tensor)
     self.ptr.copy_((self.ptr + n) % K)
+
+# %% ../../nbs/methods/01_mocov2.ipynb #af3b0ef1
+@patch
+@torch.no_grad()
+def clear_queue(self:MoCoModel):
+    "Forget all keys"
+    self.queue.copy_(F.normalize(torch.randn_like(self.queue), dim=1))
+    self.queue_ids.fill_(-1)
+    self.ptr.zero_()
 
 # %% ../../nbs/methods/01_mocov2.ipynb #949cc275
 class MoCoV2(SSLMethod):

@@ -9,9 +9,9 @@ __all__ = ['parse_every', 'check_same', 'CheckpointCallback']
 import itertools, math, re, time
 from fastai.basics import *
 from ..core import InputError
-from ..distrib import draw_apart, rank, world
-from .checkpoints import callbacks_by_name, from_plain, memory_of, random_states, read_checkpoint
-from .checkpoints import restore_random_states, to_plain, write_checkpoint
+from ..distrib import draw_apart, random_states, rank, restore_random_states, world
+from .checkpoints import callbacks_by_name, from_plain, memory_of, read_checkpoint, to_plain
+from .checkpoints import write_checkpoint
 
 # %% ../../nbs/runs/03_resume.ipynb #d08bf2ea
 def parse_every(
@@ -250,4 +250,4 @@ def enter_batch(self:CheckpointCallback):
         if n in s['grads']: p.grad = torch.zeros_like(p) if s['grads'][n] is None else s['grads'][n].to(p.device)
     if s['scaler']: self.learn.scaler.load_state_dict(s['scaler'])
     restore_random_states(s['random'], self.device())
-    draw_apart(self.train_iter)
+    draw_apart()

@@ -9,7 +9,7 @@ __all__ = ['AUGMENTS', 'PAPER', 'DecoderCallback', 'PerturbCallback', 'SynthPair
 import inspect
 from fastai.basics import *
 from ..core import InputError, check_name
-from ..distrib import gather, mean_over_processes
+from ..distrib import gather, mean_over_processes, seeded
 from ..nets.encoders import eval_mode, num_features
 from ..nets.decoder import Decoder
 from ..methods.base import batch_stats_only
@@ -22,7 +22,7 @@ from .decoding import OptState, SynthCallback, UnscaleDecoderGrads
 @delegates()
 class DecoderCallback(SynthCallback):
     "Decode clean images from their features and learn from the error (Eq. 2)"
-    order = 1
+    order,single = 1,True
     def __init__(self,
         beta:float=0., # Weight of the error in the encoder's loss (0.5 to 1.0 in Fig. 5); 0: only the decoder learns
         update:str='own', # Who moves the decoder: its 'own' Adam, the learner's optimizer ('joint'), nobody ('frozen')
@@ -48,22 +48,43 @@ def _check_features(features, beta, update):
         raise InputError("A decoder cannot learn to draw the clean image from features of a view: "
                          "with features='view' give beta=0 and update='frozen'.")
 
+# %% ../../nbs/synth/02_callbacks.ipynb #86599b43
+def _shapes(m): return {k:v.shape for k,v in m.state_dict().items()}
+
+@patch
+def wanted_decoder(self:DecoderCallback)->nn.Module:
+    "The decoder that was given, one of the same form that the model has already, or a new one"
+    if self.decoder is not None: return self.decoder
+    net,size = self.net,self.learn.dls.size
+    new = Decoder(num_features(net.encoder, size), size, self.decoder_width, self.decoder_grid, self.decoder_draw)
+    there = getattr(net, 'decoder', None)
+    return new if there is None or _shapes(there)!=_shapes(new) else there.requires_grad_(True)
+
 # %% ../../nbs/synth/02_callbacks.ipynb #e77594a9
 @patch
 def setup(self:DecoderCallback):
-    net,dls = self.net,self.learn.dls
-    decoder = self.decoder or Decoder(num_features(net.encoder, dls.size), dls.size, self.decoder_width,
-                                      self.decoder_grid, self.decoder_draw)
-    net.decoder = decoder.to(dls.device, memory_format=torch.channels_last)
-    if self.update=='joint': net.heads = (*net.heads, 'decoder')
-    elif self.update=='own':
-        net.decoder_opt = OptState(torch.optim.Adam(net.decoder.parameters(), lr=self.decoder_lr))
-        self.learn.add_cb(UnscaleDecoderGrads())
+    net,had = self.net,getattr(self.net, 'decoder', None)
+    net.decoder = self.wanted_decoder().to(self.learn.dls.device, memory_format=torch.channels_last)
+    if self.update=='own':
+        if net.decoder is not had or not hasattr(net, 'decoder_opt'):
+            net.decoder_opt = OptState(torch.optim.Adam(net.decoder.parameters()))
+        for g in net.decoder_opt.opt.param_groups: g['lr'] = self.decoder_lr
+        if not hasattr(self.learn, 'unscale_decoder_grads'): self.learn.add_cb(UnscaleDecoderGrads())
     self.learn.ssl.add_term('rec_loss')
+    self._choose_optimizer()
+
+@patch
+def _choose_optimizer(self:DecoderCallback):
+    "Make the decoder one of the heads that the learner's optimizer moves, or none of them"
+    heads = tuple(h for h in self.net.heads if h!='decoder') + ('decoder',)*(self.update=='joint')
+    if heads==self.net.heads: return
+    self.net.heads = heads
+    if self.learn.opt is not None: self.learn.renew_opt()
 
 # %% ../../nbs/synth/02_callbacks.ipynb #1ffdaa8d
 @patch
 def before_fit(self:DecoderCallback):
+    SynthCallback.before_fit(self)
     if self.update=='frozen': self.net.decoder.requires_grad_(False)
     self.calibrated = bool(getattr(self.net.decoder, 'calibrated', True))
 
@@ -80,12 +101,12 @@ def decode(self:DecoderCallback, z):
 # %% ../../nbs/synth/02_callbacks.ipynb #31d46cf7
 @patch
 def after_loss(self:DecoderCallback):
-    s = self.learn.synth
-    s.rec = self.decode(self.clean_features(grad=self.beta>0).float())
-    error = F.mse_loss(s.rec.float(), s.x.float())
+    z = self.clean_features(grad=self.beta>0)
+    rec = self.decode(z.float())
+    error = F.mse_loss(rec.float(), self.clean_images().float())
     if self.beta: self.add_loss('rec_loss', error, self.beta)
     else: self._learn_alone(error)
-    s.z,s.rec = s.z.detach(),s.rec.detach()
+    if self.learn.training: self.learn.synth.z,self.learn.synth.rec = z.detach(),rec.detach()
 
 # %% ../../nbs/synth/02_callbacks.ipynb #7a5e4d10
 @patch
@@ -103,11 +124,15 @@ def after_step(self:DecoderCallback):
     else: opt.step()
     opt.zero_grad()
 
+@patch
+def after_fit(self:DecoderCallback):
+    for p in self.net.decoder.parameters(): p.grad = None # by which it would be moved when this callback is gone
+
 # %% ../../nbs/synth/02_callbacks.ipynb #cacd847f
 @delegates()
 class PerturbCallback(SynthCallback):
     "Shake the features' irrelevant dimensions (Eq. 3 to 6)"
-    order,run_valid = 2,False
+    order,run_valid,single = 2,False,True
     def __init__(self,
         mode:str='both', # 'both', 'cam' or 'low_var' (Table 4), or 'random' (the same energy everywhere, Table 8)
         sigma_cam:float=3., # Strength of the noise by Grad-CAM (Eq. 5), in units of the features' standard deviation
@@ -139,9 +164,10 @@ def _check_strengths(sigma_cam, sigma_var, distance):
 # %% ../../nbs/synth/02_callbacks.ipynb #ca98b79e
 @patch
 def setup(self:PerturbCallback):
-    dls = self.learn.dls
+    dls,there = self.learn.dls,getattr(self.net, 'bank', None)
     size = max(2*dls.train.bs, min(self.bank_size, len(dls.train_ds)))
-    self.net.bank = FeatureBank(size, num_features(self.net.encoder, dls.size)).to(dls.device)
+    d = num_features(self.net.encoder, dls.size)
+    if there is None or (there.size, there.d)!=(size, d): self.net.bank = FeatureBank(size, d).to(dls.device)
 
 # %% ../../nbs/synth/02_callbacks.ipynb #a667fcf3
 @patch
@@ -240,8 +266,7 @@ def decoded(self:SynthPairCallback):
 def images(self:SynthPairCallback)->list: # One or two tensors (n, 3, S, S)
     "What is to be encoded of each pair; the method's own random numbers stay as they were"
     dev,s,ssl = self.learn.dls.device,self.learn.synth,self.learn.ssl
-    with torch.random.fork_rng([dev] if dev.type=='cuda' else []):
-        torch.manual_seed((self.step_seed() + 1) % 2**63)
+    with seeded((self.step_seed() + 1) % 2**63, dev):
         s.pair = pair = [o.detach() for o in self.decoded()]
         s.diff = self.learn.terms['pair_diff'] = F.mse_loss(*[o.float() for o in pair])
         if self.anchor=='view': pair = pair[1:]

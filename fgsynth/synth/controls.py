@@ -16,6 +16,7 @@ class ClassNoise(PerturbCallback):
     "Control that looks at the labels: each feature becomes that of another image of its class"
     name = 'perturb' # it stands in its place
     def before_fit(self):
+        super().before_fit()
         labels = self.learn.dls.items.labels('train')
         if labels is None:
             raise InputError("Noise within the classes needs labels of the training images: "

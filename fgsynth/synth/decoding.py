@@ -161,6 +161,7 @@ class UnscaleDecoderGrads(Callback):
 class SynthCallback(Callback):
     "Base of the three callbacks: the last synthesis, and the clean features that it starts from"
     features = None
+    joins_late,single = True,False # may be added to a learner that there is; is one of the kind enough?
     def __init__(self,
         max_pairs:float=0.5, # Synthesize only so many images of each batch or, up to 1, this share of it; None: all
     ): self.max_pairs = max_pairs
@@ -180,11 +181,29 @@ def after_create(self:SynthCallback):
         raise InputError("Synthesized pairs need a self-supervised method to be added to: "
                          "make the learner with ssl_learner(dls, arch, MoCoV2(), cbs=...).")
     for cb in self.learn.cbs:
-        if isinstance(cb, SynthCallback) and cb.max_pairs!=self.max_pairs:
-            raise InputError("The callbacks disagree about how many pairs to make, max_pairs is "
-                             f"{cb.max_pairs} and {self.max_pairs}: give all of them the same number.")
+        if isinstance(cb, SynthCallback) and cb is not self: self.check_beside(cb)
     self.learn.synth = Synthesis()
     self.setup()
+
+# %% ../../nbs/synth/01_decoding.ipynb #7f464491
+@patch
+def check_beside(self:SynthCallback,
+    other:SynthCallback, # Another callback of the learner
+):
+    "Say what is wrong about having both"
+    if other.max_pairs!=self.max_pairs:
+        raise InputError("The callbacks disagree about how many pairs to make, max_pairs is "
+                         f"{other.max_pairs} and {self.max_pairs}: give all of them the same number.")
+    if self.single and other.name==self.name:
+        raise InputError(f"The learner has a {type(other).__name__} already, and would do its work twice: "
+                         f"take that one away first, learn.remove_cb(learn.{other.name}).")
+
+# %% ../../nbs/synth/01_decoding.ipynb #043381b8
+@patch
+def before_fit(self:SynthCallback):
+    if not hasattr(self.learn, 'synth'):
+        raise InputError("Synthesized pairs cannot be added to a learner that ssl_learner did not make, "
+                         "once it is made: make it with ssl_learner(dls, arch, MoCoV2(), cbs=...).")
 
 # %% ../../nbs/synth/01_decoding.ipynb #bc6b608e
 @patch
@@ -194,15 +213,22 @@ def n_pairs(self:SynthCallback)->int:
     if most is None: return batch
     return min(batch, max(2, round(most*batch)) if most<=1 else int(most))
 
+# %% ../../nbs/synth/01_decoding.ipynb #679ce3aa
+@patch
+def clean_images(self:SynthCallback)->Tensor: # x (n, 3, S, S) in [0, 1]
+    "The images of this batch that take part"
+    return self.learn.ssl.clean[:self.n_pairs()].as_subclass(Tensor)
+
 # %% ../../nbs/synth/01_decoding.ipynb #53a3db54
 @patch
 def clean_features(self:SynthCallback,
     grad:bool=False, # Let a gradient flow back into the encoder?
 )->Tensor: # z (n, d)
-    "Features of the clean images; both are kept in `learn.synth`"
-    s,training = self.learn.synth,self.learn.training
-    if s.z is not None and training: return s.z
-    s.x = self.learn.ssl.clean[:self.n_pairs()].as_subclass(Tensor)
+    "Features of the clean images; in training both are kept in `learn.synth`"
+    training = self.learn.training
+    s = self.learn.synth if training else Synthesis()
+    if s.z is not None: return s.z
+    s.x = self.clean_images()
     if self.features=='view' and training: s.z = self.net.last_features[:len(s.x)]
     else:
         with batch_stats_only(self.net.encoder), torch.set_grad_enabled(grad and training): s.z = self.net.encoder(s.x)
@@ -217,13 +243,12 @@ def add_loss(self:SynthCallback,
 ):
     "Add `weight` times a term to the loss, and the term itself to the table"
     self.learn.terms[name] = loss.detach()
-    if self.learn.training:
-        self.learn.loss_grad = self.learn.loss_grad + weight*loss
-        self.learn.loss = self.learn.loss_grad.detach().clone()
+    self.learn.loss_grad = self.learn.loss_grad + weight*loss
+    self.learn.loss = self.learn.loss_grad.detach().clone()
 
 # %% ../../nbs/synth/01_decoding.ipynb #e5ad4f0f
 @patch
 def step_seed(self:SynthCallback)->int: # At least 2 above that of the step before
     "A seed for this step"
-    step = self.learn.epoch*self.learn.n_iter + self.learn.train_iter
+    step = self.learn.ssl.past_steps + self.learn.epoch*self.learn.n_iter + self.learn.train_iter
     return (torch.initial_seed() + 2*step) % 2**63

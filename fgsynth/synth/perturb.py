@@ -104,6 +104,14 @@ def add(self:FeatureBank,
     self.batches += 1
     return self
 
+# %% ../../nbs/synth/00_perturb.ipynb #d8d0e349
+@patch
+def clear(self:FeatureBank)->FeatureBank: # The bank itself
+    "Forget all vectors; the `gain` stays"
+    for b in self.feats, self.norms, self.count, self.batches: b.zero_()
+    self.ids.fill_(-1)
+    return self
+
 # %% ../../nbs/synth/00_perturb.ipynb #4ae0625f
 @patch
 def _std_of_filled(self:FeatureBank, rows):

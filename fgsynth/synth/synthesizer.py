@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from fastai.basics import *
 from ..core import InputError, check_name
 from ..files import save_tensors
+from ..distrib import seeded
 from ..data.views import Views
 from ..nets.encoders import create_encoder, eval_mode, read_info
 from ..nets.heads import Prototypes
@@ -92,8 +93,7 @@ def scores(self:Synthesizer,
     seed:int=0, # Of the views
 )->Tensor: # (B, d) from 0 to 1
     "Grad-CAM scores against one augmented view of each image (Eq. 3 and 4)"
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed)
+    with seeded(seed, z.device), torch.no_grad():
         key = self.saliency.key_head(self.encoder(Views(self.size, 1)(x)[0]))
     z = z.detach().float().requires_grad_()
     with torch.enable_grad(): return normalize(cam_scores(self.saliency(z, key), z, target), self.norm)
