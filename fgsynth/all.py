@@ -23,6 +23,7 @@ from .data.check import *
 from .data.views import *
 
 # %% ../nbs/04_all.ipynb #3f562bbe
+from .nets.networks import *
 from .nets.encoders import *
 from .nets.heads import *
 from .nets.decoder import *

@@ -7,8 +7,8 @@ from torch import nn
 from fgsynth.core import InputError
 from fgsynth.data.finches import finches
 from fgsynth.nets.decoder import Decoder
-from fgsynth.nets.encoders import (DepthwiseConv2d, Encoder, create_encoder, load_encoder, load_weights, num_features,
-                                   save_encoder, stages)
+from fgsynth.nets.encoders import create_encoder, load_encoder, load_weights, save_encoder, stages
+from fgsynth.nets.networks import DepthwiseConv2d, Encoder, num_features
 from fgsynth.nets.heads import MLPHead, Prototypes
 from fgsynth.nets.losses import distill, info_nce, neg_cosine, nt_xent, summed_losses
 from fgsynth.nets.saliency import Saliency, saliency_for_pictures

@@ -6,12 +6,12 @@
 __all__ = ['encoder_device', 'features', 'check_features', 'labelled_split', 'split_features', 'ask_encoder']
 
 # %% ../../nbs/evaluate/00_features.ipynb #25401225
-import torch
+import itertools, torch
 from torch import Tensor, nn
 from ..core import InputError
 from ..distrib import gather_uneven, own_rows, world
 from ..data.images import float_images, load_images
-from ..nets.encoders import eval_mode
+from ..nets.networks import eval_mode
 
 # %% ../../nbs/evaluate/00_features.ipynb #2519b7a5
 def _check_size(size):
@@ -26,6 +26,24 @@ def _batches(images, bs, size):
     else:
         if len(images): _check_size(size)
         for i in range(0, len(images), bs): yield load_images(images[i:i+bs], size)[0]
+
+# %% ../../nbs/evaluate/00_features.ipynb #8444e22a
+def _positions(loader):
+    "Positions of the images that a loader hands out, in its order; None where it does not know them"
+    if hasattr(loader, 'get_idxs'):                                      # fastai's
+        idxs = [] if loader.shuffle else list(loader.get_idxs())
+        return idxs[:len(idxs)//loader.bs*loader.bs] if loader.drop_last else idxs
+    batches = getattr(loader, 'batch_sampler', None)                     # PyTorch's
+    return getattr(loader, 'sampler', None) if batches is None else itertools.chain(*batches)
+
+def _check_rows(loader, n=None): # n: how many images it has handed out; None: none yet
+    "Refuse a loader that does not hand out its data set from the first image to the last"
+    if not hasattr(loader, 'dataset') or not hasattr(loader.dataset, '__len__'): return
+    total,order = len(loader.dataset),None if n else _positions(loader)
+    if n in (None,total) and (order is None or list(order)==list(range(total))): return
+    what = f"hands out {n} of its {total} images" if n else "shuffles its images, or leaves some out"
+    raise InputError(f"This {type(loader).__name__} {what}, so nobody could tell whose features are whose: "
+                     "give it shuffle=False and drop_last=False, or pass the images themselves.")
 
 # %% ../../nbs/evaluate/00_features.ipynb #1390d944
 def encoder_device(encoder:nn.Module)->torch.device: # The CPU for a network without parameters and buffers
@@ -49,12 +67,14 @@ def features(
         raise InputError("A DataLoader cannot be shared out over processes: give a tensor or a list of files.")
     shared = distributed and len(images)>=world()
     if shared: images = images[own_rows(len(images))]
+    _check_rows(images)
     with eval_mode(encoder):
         zs = [encoder(float_images(x.to(device, non_blocking=True), size)).float().cpu()
               for x in _batches(images, bs, size)]
     if not zs:
         raise InputError("There are no images to take features of.")
     z = torch.cat(zs)
+    _check_rows(images, len(z))
     return gather_uneven(z.to(device)).cpu() if shared else z
 
 # %% ../../nbs/evaluate/00_features.ipynb #2a61e0ae

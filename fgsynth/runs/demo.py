@@ -15,7 +15,8 @@ from ..data.drawing import SPECIES, draw_finches
 from ..data.items import Items
 from ..data.datasets import get_dataset
 from ..data.loaders import labelled_dls
-from ..nets.encoders import Encoder, create_encoder, save_encoder
+from ..nets.networks import Encoder
+from ..nets.encoders import create_encoder, save_encoder
 from ..synth.decoding import needs_pretraining, pretrain_where_needed
 from ..evaluate.measures import evaluate
 from ..evaluate.attention import attention_maps

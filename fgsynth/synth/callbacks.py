@@ -10,7 +10,7 @@ import inspect
 from fastai.basics import *
 from ..core import InputError, check_name
 from ..distrib import gather, mean_over_processes
-from ..nets.encoders import eval_mode, num_features
+from ..nets.networks import eval_mode, num_features
 from ..nets.decoder import Decoder
 from ..methods.base import batch_stats_only
 from ..methods.health import grad_scaler

@@ -14,7 +14,8 @@ from fastai.basics import *
 from ..core import InputError, check_name
 from ..files import save_tensors
 from ..data.views import Views
-from ..nets.encoders import create_encoder, eval_mode, read_info
+from ..nets.networks import eval_mode
+from ..nets.encoders import create_encoder, read_info
 from ..nets.heads import Prototypes
 from ..nets.decoder import Decoder
 from ..nets.saliency import Saliency, saliency_for_pictures
