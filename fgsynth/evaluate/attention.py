@@ -70,7 +70,7 @@ def _reach(outputs, z):
 # %% ../../nbs/evaluate/04_attention.ipynb #6de2b243
 def _in_attention(net):
     "Names of modules that are part of an attention"
-    whole = [name for name,m in net.named_modules() if re.search('attention|attn', type(m).__name__, re.I)]
+    whole = [name for name,m in net.named_modules() if re.search(r'(attention|attn)(\d?d)?(downsample)?$', type(m).__name__, re.I)]
     return tuple(f'{name}.' for name in whole)
 
 def _layouts(net, outputs):
@@ -83,7 +83,7 @@ def _layouts(net, outputs):
 # %% ../../nbs/evaluate/04_attention.ipynb #83dc78bd
 @torch.enable_grad()
 def _feature_maps(encoder, size):
-    "(name, cells a side, what `as_map` needs, does it reach the features?) of all maps, in the order of computation"
+    "(name, cells a side or None, what `as_map` needs, does it reach the features?) of all that may be maps, in order"
     net = _copy_to_explain(encoder, None)
     x = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     outputs,z = _outputs(net[0], x.to(encoder_device(encoder)).requires_grad_())
@@ -92,10 +92,14 @@ def _feature_maps(encoder, size):
     found = []
     for (name,m,out),g in zip(outputs, _reach(outputs, z)):
         cells = _cells(out.shape, _channels(m, out) or layouts.get(tuple(out.shape)), n_prefix)
-        if not cells or cells[0]<2: continue
-        reaches = g is not None and bool(as_map(g, cells[1]).any()) and not name.startswith(inside)
-        found.append((name, *cells, reaches))
+        if name.startswith(inside): g = None
+        if cells and cells[0]>1: found.append((name, *cells, g is not None and bool(as_map(g, cells[1]).any())))
+        elif not cells and _is_grid(m, out): found.append((name, None, None, g is not None and bool(g.any())))
     return found
+
+def _is_grid(m, out):
+    "May it be tokens that nobody knows how to read?"
+    return out.ndim==3 and any(True for _ in m.children()) and math.isqrt(out.shape[1])**2==out.shape[1]>1
 
 # %% ../../nbs/evaluate/04_attention.ipynb #11ea2301
 def spatial_layer(
@@ -105,8 +109,9 @@ def spatial_layer(
 )->tuple: # Name of the module, side of its map, and how it lies: None (B, C, H, W), 'last' (B, H, W, C), leading tokens
     "The deepest layer whose output is a map fine enough to show"
     found = [f[:3] for f in _feature_maps(encoder, size) if f[3]]
-    if not found:
+    if not found or found[-1][1] is None:
         raise InputError("This encoder has no feature map that attention could be drawn on.")
+    found = [f for f in found if f[1]]
     finest = max(side for _,side,_ in found)
     fine = [f for f in found if f[1]>=min(min_side, finest)]
     norms = [f for f in fine if f[0].rpartition('.')[2] in ('norm1','ln_1') and f[1:]==fine[-1][1:]]
@@ -122,7 +127,7 @@ class _SameAs:
 def _layer_to_explain(encoder, size, layer, min_side):
     "The layer of this name if it is a map, or the one that `spatial_layer` takes"
     if layer is None: return spatial_layer(encoder, size, min_side)
-    maps = {name:(name, *f) for name,*f in _feature_maps(encoder, size)}
+    maps = {f[0]:f for f in _feature_maps(encoder, size) if f[1]}
     if layer not in maps:
         raise InputError(f"The output of {layer!r} is not known to be a map of the image: "
                          f"choose another layer, such as {spatial_layer(encoder, size, min_side)[0]!r}.")

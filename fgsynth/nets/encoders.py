@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from ..core import InputError
 from ..files import load_tensors, save_tensors
-from .networks import Encoder, cut_head, fast_depthwise, network_by_name
+from .networks import Encoder, cut_head, fast_depthwise, network_by_name, try_encoder
 
 # %% ../../nbs/nets/01_encoders.ipynb #d66f4ad1
 def _flat(o, name=''):
@@ -45,7 +45,7 @@ def _prefixes(sd, want):
     "Prefixes that lead to names in `want`, the likeliest first"
     splits = [(k[:i], k[i:]) for k in sd for i in (0, *(m.end() for m in re.finditer(r'\.', k)))]
     found = Counter(prefix for prefix,name in splits if name in want)
-    first = {'ema','teacher'} | ({'key'} if any(k.startswith('key_prototypes') for k in sd) else set()) # our own DINO
+    first = {'ema','teacher'} | ({'key'} if any('key_prototypes' in k for k in sd) else set()) # our own DINO
     return sorted(found, key=lambda p: (-found[p], _turn(p, first)))
 
 # %% ../../nbs/nets/01_encoders.ipynb #6a3ae293
@@ -96,7 +96,9 @@ def load_weights(
     for part in (net, net.body) if isinstance(net, Encoder) else (net,):
         sd,misfit = _fitting(found, part)
         if misfit: continue
-        part.load_state_dict({**part.state_dict(), **sd})
+        whole = part.state_dict()                # with the versions of its layers, which some ask for
+        whole.update(sd)
+        part.load_state_dict(whole)
         return net
     holds = f"The file holds {_contents(found)}: c" if found else "C"
     raise InputError(f"The weights in {str(path)!r} do not fit this architecture: {misfit}. "
@@ -107,12 +109,13 @@ def create_encoder(
     arch='resnet18', # Name known to torchvision or timm, 'lite0', or an `nn.Module` of your own, which stays as it is
     pretrained=False, # True: the library's best ImageNet weights; or the name of torchvision weights
     weights=None, # Path of a local file with weights, used in place of `pretrained`
-    size:int=None, # Image height and width, at which a network by name is tried; ViT, Swin ... are built for it
+    size:int=None, # Image height and width, at which it is tried; networks of a fixed size (ViT, Swin) are built for it
 )->Encoder: # Encoder whose `num_features` is d
     "An encoder by name, from random, pretrained or local weights"
     if isinstance(arch, Encoder): enc = deepcopy(arch)
     elif isinstance(arch, nn.Module): enc = Encoder(*cut_head(arch, size), size=size)
     else: enc = network_by_name(arch, pretrained and not weights, size)
+    if size: try_encoder(enc, size)
     fast_depthwise(enc)
     return load_weights(enc, weights) if weights else enc
 
@@ -186,7 +189,7 @@ def load_encoder(
                          "for other weights use create_encoder(arch, weights=PATH).") from None
     if body is None and not info['arch']:
         raise InputError(f"{str(path)!r} was made from a network without a name: pass that network as body=.")
-    if body is None: enc = create_encoder(info['arch'], size=info['size'])
+    if body is None: enc = fast_depthwise(network_by_name(info['arch'], size=info['size']))
     else: enc = Encoder(body, info['num_features'], size=info['size'])
     try: load_weights(enc, path)
     except InputError:

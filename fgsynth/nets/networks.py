@@ -8,7 +8,7 @@ __all__ = ['IMAGENET_STATS', 'Encoder', 'eval_mode', 'num_features', 'why', 'cut
 
 # %% ../../nbs/nets/00_networks.ipynb #63022abe
 import torch, torchvision, torch.nn.functional as F
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from torch import Tensor, nn
 from ..core import InputError, check_name
@@ -102,7 +102,7 @@ def _check_vectors(net, z):
 
 def _ending(net, z, linears):
     "The linear layer that gives the output of a network, if one does: its name, and what it was fed"
-    if ends := [l for l in linears if _same(l[2], z)]: return ends[-1][:2]
+    if ends := [l for l in linears if l[2].shape[-1]==z.shape[1] and _same(l[2], z)]: return ends[-1][:2]
     if linears and linears[-1][2].shape==z.shape:
         raise InputError(f"Something follows {linears[-1][0]!r}, the last linear layer of {type(net).__name__}, so it is "
                          "not clear what its features are: pass Encoder(body, d) with the part that gives them.")
@@ -122,12 +122,11 @@ def cut_head(
     if name is None: return net,z.shape[1]
     parent,_,child = name.rpartition('.')
     setattr(net.get_submodule(parent), child, nn.Identity())
-    z,_ = _watch(net, x)
-    if not _same(fed, z):
-        raise InputError(f"{type(net).__name__} is another network without its last linear layer, {name!r}: "
-                         "pass Encoder(body, d) with the part that gives features.")
-    _check_vectors(net, z)
-    return net,z.shape[1]
+    with suppress(Exception):
+        z,_ = _watch(net, x)
+        if _same(fed, z) and z.ndim==2: return net,z.shape[1]
+    raise InputError(f"{type(net).__name__} does not work without {name!r}, the linear layer that gives its output: "
+                     "pass Encoder(body, d) with the part that gives features.")
 
 # %% ../../nbs/nets/00_networks.ipynb #2db6f539
 def _passes(net, x):
@@ -141,10 +140,9 @@ def _passes(net, x):
 def try_encoder(
     encoder:nn.Module, # Images (B, 3, size, size) in [0, 1] to features (B, d); it stays as it is
     size:int, # Side of the images in pixels
-    name:str=None, # What to call it in the sentence; by default its own name, or that of its class
 )->int: # d
     "Can it be trained at this size? One sentence if not"
-    name = name or getattr(encoder, 'arch', None) or type(encoder).__name__
+    name = getattr(encoder, 'arch', None) or type(encoder).__name__
     like = next(encoder.parameters(), torch.zeros(1))
     x = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(like)
     try: z = _passes(deepcopy(encoder), x)
@@ -183,6 +181,12 @@ def _torchvision(arch, pretrained, size):
     return Encoder(body, d, size=size if fixed else None)
 
 # %% ../../nbs/nets/00_networks.ipynb #80858e58
+def _features_at(net, size, arch):
+    try: return num_features(net, size)
+    except Exception as e:
+        raise InputError(f"{arch} cannot take images of {size} pixels ({why(e)}): "
+                         "choose another size, or another network.") from e
+
 def _timm(arch, pretrained, size):
     "One of timm's networks as an `Encoder`"
     import timm
@@ -195,8 +199,7 @@ def _timm(arch, pretrained, size):
         raise InputError(f"{arch} cuts images into patches of {patch} pixels, and {size} is not a multiple of it: "
                          f"take images of {max(1, round(size/patch))*patch} pixels.")
     cfg = net.pretrained_cfg
-    d = try_encoder(net, size, arch) if size else num_features(net, cfg['input_size'][-1])
-    return Encoder(net, d, cfg['mean'], cfg['std'], size=size if fixed else None)
+    return Encoder(net, _features_at(net, size or cfg['input_size'][-1], arch), cfg['mean'], cfg['std'], size=size if fixed else None)
 
 # %% ../../nbs/nets/00_networks.ipynb #1e0095d6
 def _lite0(arch, pretrained, size):
@@ -227,7 +230,7 @@ def _maker(arch):
 def network_by_name(
     arch:str, # Name known to torchvision or timm, or 'lite0'
     pretrained=False, # True: the library's best ImageNet weights; or the name of torchvision weights
-    size:int=None, # Side of the images in pixels, at which the network is tried; None: any that it takes
+    size:int=None, # Side of the images in pixels; None: any that it takes
 )->Encoder:
     "A network of torchvision, of timm or of our own as an `Encoder`"
     make,name = _maker(arch)
@@ -241,7 +244,6 @@ def network_by_name(
         raise InputError(f"{name!r} cannot be made{f' for images of {size} pixels' if size else ''} ({why(e)}): "
                          "choose another size, or another network.") from e
     enc.arch = arch
-    if size and make is not _timm: try_encoder(enc, size)
     return enc
 
 # %% ../../nbs/nets/00_networks.ipynb #5595978e

@@ -4,14 +4,17 @@
 
 # %% auto #0
 __all__ = ['write_checkpoint', 'read_checkpoint', 'to_plain', 'from_plain', 'memory_of', 'callbacks_by_name', 'random_states',
-           'restore_random_states']
+           'restore_random_states', 'try_fit']
 
 # %% ../../nbs/runs/02_checkpoints.ipynb #6d1b1e50
-import inspect, random, re, warnings, zipfile
-from contextlib import suppress
+import inspect, random, re, tempfile, warnings, zipfile
+from contextlib import contextmanager, suppress
 from fastai.basics import *
 from ..core import InputError
 from ..files import load_tensors, replacing
+from ..nets.networks import why
+from ..nets.encoders import load_encoder, save_encoder
+from ..evaluate.attention import attention_maps
 
 # %% ../../nbs/runs/02_checkpoints.ipynb #8295281d
 def _checkpoints(folder):
@@ -103,7 +106,8 @@ def memory_of(
 )->dict: # Attribute to value, as `to_plain` gives it
     "What an object remembers besides the arguments it was made with"
     res = {}
-    for k in vars(o).keys() - set(inspect.signature(type(o)).parameters) - {'learn','__stored_args__'}:
+    for k in vars(o):
+        if k in inspect.signature(type(o)).parameters or k in ('learn','__stored_args__'): continue
         with suppress(TypeError): res[k] = to_plain(vars(o)[k], scalars_only)
     return res
 
@@ -137,3 +141,41 @@ def restore_random_states(
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(s['torch'])
     if device.type!='cpu' and 'device' in s: getattr(torch, device.type).set_rng_state(s['device'])
+
+# %% ../../nbs/runs/02_checkpoints.ipynb #85f9cc1c
+@contextmanager
+def _as_before(learn):
+    "Afterwards buffers, gradients and random states are what they were"
+    device,buffers = learn.dls.device,list(learn.model.buffers())
+    before,states = [b.clone() for b in buffers],random_states(device)
+    try: yield
+    finally:
+        for b,was in zip(buffers, before): b.copy_(was)
+        learn.model.zero_grad(set_to_none=True)
+        restore_random_states(states, device)
+
+# %% ../../nbs/runs/02_checkpoints.ipynb #c5081075
+def _try_files(learn, x, tmp):
+    "Write and read what a fit leaves, and draw a map of attention"
+    net = get_model(learn.model)
+    load_encoder(save_encoder(learn, tmp/'encoder.safetensors'))
+    torch.save(net.state_dict(), tmp/'model.pt')
+    net.load_state_dict(load_tensors(tmp/'model.pt'))
+    with suppress(InputError): attention_maps(net.encoder, x, net.projector) # some networks have no maps
+
+def try_fit(
+    learn:Learner, # From `ssl_learner`; it stays as it was
+):
+    "Say in one sentence, and in time, what cannot be trained or not be written"
+    size = learn.dls.size
+    x = torch.rand(4, 3, size, size, generator=torch.Generator().manual_seed(0)).to(learn.dls.device)
+    try:
+        with _as_before(learn), tempfile.TemporaryDirectory() as tmp:
+            learn.ssl.loss(*learn.model(*learn.ssl.views(x))).backward()
+            _try_files(learn, x[:2], Path(tmp))
+    except InputError:
+        raise
+    except Exception as e:
+        arch,method = get_model(learn.model).encoder.arch or 'This encoder',type(learn.ssl).__name__
+        raise InputError(f"{arch} cannot be trained by {method} on images of {size} pixels ({why(e)}): "
+                         "choose another network, method or size.") from e
