@@ -26,6 +26,7 @@ from .data.views import *
 from .data.loaders import *
 
 # %% ../nbs/04_all.ipynb #3f562bbe
+from .nets.networks import *
 from .nets.encoders import *
 from .nets.heads import *
 from .nets.decoder import *

@@ -6,8 +6,8 @@
 __all__ = ['load_tensors', 'save_tensors', 'replacing', 'locked', 'write_csv', 'write_json', 'read_json']
 
 # %% ../nbs/01_files.ipynb #dd0ac3aa
-import csv, json, os, re, torch
-from contextlib import contextmanager, suppress
+import argparse, csv, json, os, re, torch
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
@@ -23,13 +23,27 @@ def _why_unreadable(e):
             "save only tensors, of a network its state_dict()")
 
 # %% ../nbs/01_files.ipynb #f85edfb8
+_harmless = getattr(torch.serialization, 'safe_globals', nullcontext) # PyTorch 2.4 has none
+
 def load_tensors(
     path, # File that `torch.save` wrote
 ): # What was saved, on the CPU
     "Tensors and plain values from a file; one that would run code is refused, and nothing in it is run"
-    try: return torch.load(path, map_location='cpu', weights_only=True)
+    try:
+        with _harmless([argparse.Namespace]): return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e: why = _why_unreadable(e)
     raise InputError(f"{str(path)!r} {why}.")
+
+# %% ../nbs/01_files.ipynb #871de3eb
+def _apart(tensors):
+    "Contiguous tensors that share no memory"
+    seen,res = set(),{}
+    for k,v in tensors.items():
+        v = v.contiguous()
+        place = v.device,v.untyped_storage().data_ptr()
+        res[k] = v.clone() if place in seen else v
+        seen.add(place)
+    return res
 
 # %% ../nbs/01_files.ipynb #53d98b47
 def save_tensors(
@@ -38,7 +52,7 @@ def save_tensors(
     metadata:dict, # Name to text: what is worth knowing beside the tensors
 ):
     "Write a `.safetensors` file with the permissions of any other new file"
-    try: save_file({k:v.contiguous() for k,v in tensors.items()}, path, metadata)
+    try: save_file(_apart(tensors), path, metadata)
     except (OSError, SafetensorError) as e:
         raise InputError(f"{str(path)!r} cannot be written ({e}): make room, or choose another folder.") from None
     mask = os.umask(0)

@@ -13,7 +13,7 @@ from fgsynth.distrib import Shuffle, gather, gather_with_grad, join_processes, r
 from fgsynth.evaluate.measures import evaluate
 from fgsynth.evaluate.features import features
 from fgsynth.data.drawing import draw_finches
-from fgsynth.nets.encoders import Encoder
+from fgsynth.nets.networks import Encoder
 from fgsynth.nets.heads import MLPHead
 from fgsynth.nets.saliency import Saliency
 from fgsynth.methods.learner import methods

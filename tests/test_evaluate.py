@@ -1,5 +1,5 @@
 "What an encoder has learned, as numbers: each measure against a slow or independent way to the same result"
-import inspect, math
+import inspect, math, warnings
 from unittest import mock
 import numpy as np, pytest, torch, torch.nn.functional as F
 from fastai.data.core import DataLoaders
@@ -12,6 +12,7 @@ from torchvision.transforms import RandomResizedCrop
 from fgsynth.core import InputError
 from fgsynth.data.finches import finches
 from fgsynth.data.items import Items, label_fraction
+from fgsynth.data.loaders import ssl_dls
 from fgsynth.evaluate.features import check_features, encoder_device, features, labelled_split, split_features
 from fgsynth.evaluate.measures import evaluate
 from fgsynth.evaluate.probe import Probe, fit_probe, fresh_crops, linear_probe, probe_features, probe_lr, top_k
@@ -99,6 +100,44 @@ def test_features_say_what_is_missing(encoder, few, tmp_path):
     with pytest.raises(InputError, match='no images'): features(encoder, [])
     loader = torch.utils.data.DataLoader(few, batch_size=16)
     with pytest.raises(InputError, match='cannot be shared out'): features(encoder, loader, distributed=True)
+
+def ordered(few, **kw): return torch.utils.data.DataLoader([(x.float()/255, 0) for x in few], **{'batch_size':16, **kw})
+
+class Backwards(torch.utils.data.Sampler):
+    def __init__(self, n): self.n = n
+    def __iter__(self): return iter(reversed(range(self.n)))
+    def __len__(self): return self.n
+
+def batches(ix, bs): return [ix[i:i+bs] for i in range(0, len(ix), bs)]
+
+mixed = dict(
+    shuffles=dict(shuffle=True), drops=dict(drop_last=True), backwards=dict(sampler=Backwards(40)),
+    some=dict(sampler=torch.utils.data.SubsetRandomSampler(range(10))),
+    twice=dict(sampler=torch.utils.data.WeightedRandomSampler([1.]*40, 40)),
+    batches=dict(batch_size=1, batch_sampler=batches([*range(39,-1,-1)], 8)))
+
+@pytest.mark.parametrize('kw', mixed.values(), ids=mixed)
+def test_features_of_a_loader_out_of_order_are_refused(encoder, few, kw):
+    with pytest.raises(InputError, match='whose features are whose'): features(encoder, ordered(few, **kw))
+
+def test_features_of_a_loader_in_order(encoder, few, z):
+    own = dict(batch_size=1, batch_sampler=batches([*range(40)], 7))
+    for kw in {}, dict(batch_size=8, drop_last=True), own, dict(batch_size=40, num_workers=0):
+        check_close(features(encoder, ordered(few, **kw)), z[:40], eps=1e-4)
+
+def test_features_of_fastais_loaders(encoder, small, z, tmp_path):
+    dls = ssl_dls(small, size=32, bs=16)
+    with pytest.raises(InputError, match='whose features are whose'): features(encoder, dls.train)
+    with pytest.raises(InputError, match='whose features are whose'): features(encoder, dls.train.new(shuffle=False))
+    check_close(features(encoder, dls.train.new(shuffle=False, drop_last=False)), z[:len(small.train)], eps=1e-4)
+
+def test_features_of_a_loader_that_cannot_read_a_file_are_refused(encoder, few, tmp_path):
+    paths = write_images(tmp_path, few[:9]); paths[4].write_bytes(b'no picture')
+    loader = ssl_dls(Items('files', paths, []), size=32, bs=4, cache=False, num_workers=0).train
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        with pytest.raises(InputError, match='hands out 8 of its 9 images'):
+            features(encoder, loader.new(shuffle=False, drop_last=False))
 
 def test_defaults_of_features_and_retrieval():
     check_eq(defaults(retrieval, 'distributed','bs'), [False, None])

@@ -13,7 +13,8 @@ from fastai.torch_core import set_seed
 from fgsynth.core import InputError
 from fgsynth.data.datasets import get_dataset
 from fgsynth.data.loaders import ssl_dls
-from fgsynth.nets.encoders import Encoder, create_encoder
+from fgsynth.nets.encoders import create_encoder
+from fgsynth.nets.networks import Encoder
 from fgsynth.methods.base import SSLMethod
 from fgsynth.methods.health import HealthCallback
 from fgsynth.methods.learner import faster_precision, ssl_learner

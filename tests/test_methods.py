@@ -10,7 +10,8 @@ from fastai.torch_core import set_seed
 from fgsynth.core import InputError
 from fgsynth.data.datasets import get_dataset
 from fgsynth.data.loaders import ssl_dls
-from fgsynth.nets.encoders import create_encoder, num_features
+from fgsynth.nets.encoders import create_encoder
+from fgsynth.nets.networks import num_features
 from fgsynth.nets.heads import MLPHead
 from fgsynth.nets.losses import info_nce
 from fgsynth.nets.saliency import Saliency, saliency_for_pictures

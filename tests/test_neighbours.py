@@ -13,7 +13,7 @@ from fastai.torch_core import set_seed
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fgsynth.data.datasets import get_dataset
 from fgsynth.data.loaders import ssl_dls
-from fgsynth.nets.encoders import Encoder
+from fgsynth.nets.networks import Encoder
 from fgsynth.runs.resume import CheckpointCallback, read_checkpoint
 from fgsynth.methods.mocov2 import MoCoV2
 from fgsynth.methods.simsiam import SimSiam

@@ -1,5 +1,5 @@
 """Encoders of both libraries, heads, the decoder, losses and what they are explained by, against slow and plain ways"""
-import copy, fastcore.test as ft, math, pickle
+import argparse, copy, fastcore.test as ft, math, pickle, random
 from pathlib import Path
 from unittest.mock import patch
 import pytest, timm, torch, torch.nn.functional as F, torchvision
@@ -7,8 +7,8 @@ from torch import nn
 from fgsynth.core import InputError
 from fgsynth.data.finches import finches
 from fgsynth.nets.decoder import Decoder
-from fgsynth.nets.encoders import (DepthwiseConv2d, Encoder, create_encoder, load_encoder, load_weights, num_features,
-                                   save_encoder, stages)
+from fgsynth.nets.encoders import create_encoder, load_encoder, load_weights, save_encoder, stages
+from fgsynth.nets.networks import DepthwiseConv2d, Encoder, cut_head, num_features, try_encoder
 from fgsynth.nets.heads import MLPHead, Prototypes
 from fgsynth.nets.losses import distill, info_nce, neg_cosine, nt_xent, summed_losses
 from fgsynth.nets.saliency import Saliency, saliency_for_pictures
@@ -79,6 +79,113 @@ def test_a_classifier_of_ones_own():
     e = create_encoder(torchvision.models.resnet18())
     ft.test_eq((e.arch, e.num_features, e(torch.rand(2,3,32,32)).shape), ('', 512, (2,512)))
 
+# The head
+
+def pooled(): return nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten())
+
+class TwoHeads(nn.Module):
+    "The layer that names classes is defined first; another one, of the same shape, is used in training or never"
+    def __init__(self, used):
+        super().__init__()
+        self.body,self.fc,self.used = pooled(),nn.Linear(12, 5),used
+        self.aux = nn.Linear(12, 5)
+    def forward(self, x):
+        z = self.body(x)
+        return (self.fc(z), self.aux(z)) if self.training and self.used else self.fc(z)
+
+class Early(nn.Module):
+    "An auxiliary layer whose output is thrown away comes last in the order of computation, too"
+    def __init__(self): super().__init__(); self.body,self.fc,self.aux = pooled(),nn.Linear(12, 5),nn.Linear(12, 5)
+    def forward(self, x):
+        z = self.body(x)
+        y,_ = self.fc(z),self.aux(z)
+        return y
+
+classifiers = {
+    'two heads':     (lambda: TwoHeads(True), 12, 'fc'),
+    'one unused':    (lambda: TwoHeads(False), 12, 'fc'),
+    'thrown away':   (Early, 12, 'fc'),
+    'with dropout':  (lambda: nn.Sequential(pooled(), nn.Linear(12, 7), nn.ReLU(), nn.Linear(7, 5), nn.Dropout()), 7, '3'),
+    'squeezed':      (lambda: nn.Sequential(pooled(), nn.Unflatten(1, (1,12)), nn.Linear(12, 5), nn.Flatten()), 12, '2'),
+    'googlenet':     (lambda: torchvision.models.googlenet(init_weights=False), 1024, 'fc'),
+    'timm':          (lambda: timm.create_model('test_vit'), 64, 'head'),
+    'two of timm':   (lambda: timm.create_model('deit_tiny_distilled_patch16_224', img_size=32), 192, 'head_dist')}
+
+@pytest.mark.parametrize('make,d,head', classifiers.values(), ids=classifiers)
+def test_the_head_is_the_layer_that_gives_the_output(make, d, head):
+    net = make()
+    kinds,state,modes = [type(m) for m in net.modules()],copy.deepcopy(net.state_dict()),[m.training for m in net.modules()]
+    e = create_encoder(net)
+    ft.test_eq(e.num_features, d)
+    ft.test_eq(type(e.body.get_submodule(head)), nn.Identity)
+    ft.test_eq([type(m) for m in net.modules()], kinds)                      # the caller's module is as it was
+    ft.test_eq([m.training for m in net.modules()], modes)
+    assert all(v.equal(state[k]) for k,v in net.state_dict().items()) and len(state)==len(net.state_dict())
+
+def test_cut_features_are_what_the_head_was_fed():
+    net,x = TwoHeads(True).eval(),torch.rand(3,3,64,64)
+    body,d = cut_head(net)
+    with torch.no_grad(): ft.test_close(net.fc(body.eval()(x)), net(x), 1e-6)
+
+bodies = {
+    'of timm':        (lambda: timm.create_model('test_vit', num_classes=0), 64),
+    'behind a norm':  (lambda: nn.Sequential(nn.Conv2d(3, 8, 8, 8), nn.Flatten(2), nn.Linear(64, 6), nn.Flatten()), 48),
+    'without linear': (pooled, 12)}
+
+@pytest.mark.parametrize('make,d', bodies.values(), ids=bodies)
+def test_what_gives_features_already_is_left_whole(make, d):
+    net = make()
+    body,found = cut_head(net)
+    ft.test_eq((found, list(body.state_dict())), (d, list(net.state_dict())))
+
+def test_depthwise_layers_of_ones_own_network_stay():
+    net = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1, groups=3), pooled())
+    e = create_encoder(net)
+    ft.test_eq((type(net[0]), type(e.body[0])), (nn.Conv2d, DepthwiseConv2d))
+
+class Needed(Early):
+    "Something else is computed from the names of the classes"
+    def __init__(self): super().__init__(); self.aux = nn.Linear(5, 5)
+    def forward(self, x):
+        y = self.fc(self.body(x))
+        self.aux(y)
+        return y
+
+class Tuple(nn.Linear):
+    def forward(self, x): return x,x
+
+unclear = {
+    'softmax':  (nn.Sequential(pooled(), nn.Linear(12, 5), nn.LogSoftmax(1)), 'Something follows'),
+    'sigmoid':  (nn.Sequential(pooled(), nn.Linear(12, 5), nn.Sigmoid()), 'Something follows'),
+    'in place': (nn.Sequential(pooled(), nn.Linear(12, 5), nn.ReLU(inplace=True)), 'Something follows'),
+    'needed':   (Needed(), 'does not work without'),
+    'a map':    (nn.Conv2d(3, 8, 3), 'one vector for each image'),
+    'a tuple':  (Tuple(3, 3), 'a tuple for two images'),
+    'a size':   (nn.Sequential(nn.Flatten(), nn.Linear(3*50*50, 5)), 'size=')}
+
+@pytest.mark.parametrize('net,said', unclear.values(), ids=unclear)
+def test_what_cannot_be_known_is_asked(net, said):
+    with pytest.raises(InputError, match=said): create_encoder(net)
+
+def test_a_network_that_fails_in_training_is_named():
+    class Fails(nn.Flatten):
+        def forward(self, x):
+            if self.training:
+                raise KeyError('only for evaluation')
+            return nn.Flatten.forward(self, x)
+    with pytest.raises(InputError, match="Fails cannot be trained on images of 32 pixels .*only for evaluation"):
+        try_encoder(Fails(), 32)
+
+def test_a_trial_changes_nothing():
+    e = create_encoder('timm/test_efficientnet')
+    before,state = copy.deepcopy(e.state_dict()),torch.get_rng_state()
+    ft.test_eq(try_encoder(e, 48), e.num_features)
+    assert all(v.equal(before[k]) for k,v in e.state_dict().items()) and torch.get_rng_state().equal(state)
+    assert all(p.grad is None for p in e.parameters())
+    torch.manual_seed(3); a = create_encoder('timm/test_vit', size=48)
+    torch.manual_seed(3); b = create_encoder('timm/test_vit', size=48)
+    assert a.body.head_drop is not None and all(v.equal(b.state_dict()[k]) for k,v in a.state_dict().items())
+
 # Weights from files
 
 @pytest.fixture(scope='module')
@@ -101,6 +208,91 @@ def test_of_two_prefixes_the_first_counts(net, tmp_path):
     torch.save({'state_dict':sd}, tmp_path/'moco.pth')
     e = create_encoder('resnet18', weights=tmp_path/'moco.pth')
     assert e.body.conv1.weight.equal(net.conv1.weight)
+
+def named(sd, prefix): return {prefix+k:v for k,v in sd.items()}
+
+wrappings = { # how a file is written from the right tensors a and others b
+    'DINO':          lambda a,b: dict(student=named(b, 'module.backbone.'), teacher=named(a, 'backbone.'), epoch=3),
+    'DINOv2':        lambda a,b: dict(teacher={**named(a, 'backbone.'), 'dino_head.weight':torch.ones(2)}),
+    'timm':          lambda a,b: dict(epoch=1, arch='x', state_dict=b, optimizer={'state':{0:dict(step=1)}}, state_dict_ema=a,
+                                      args=argparse.Namespace(lr=.1)),
+    'net':           lambda a,b: dict(net=named(a, 'module.'), acc=.5, epoch=7),
+    'Lightning':     lambda a,b: dict(state_dict={**named(b, 'momentum_backbone.'), **named(a, 'backbone.')}),
+    'lightly':       lambda a,b: {**named(b, 'backbone_momentum.'), **named(a, 'backbone.')},
+    'compiled':      lambda a,b: dict(model=named(a, '_orig_mod.module.')),
+    'BYOL':          lambda a,b: {**named(b, 'target_encoder.net.'), **named(a, 'online_encoder.net.')},
+    'MoCo':          lambda a,b: dict(state_dict={**named(b, 'module.encoder_k.'), **named(a, 'module.encoder_q.')}),
+    'ours':          lambda a,b: dict(model={**named(b, 'key_encoder.body.'), **named(a, 'encoder.body.')}, opt=[]),
+    'ours, by DINO': lambda a,b: dict(model={**named(b, 'encoder.body.'), **named(a, 'key_encoder.body.'),
+                                             'key_prototypes.weight':torch.ones(2)})}
+
+def layers(): return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+
+@pytest.mark.parametrize('wrap', wrappings.values(), ids=wrappings)
+def test_the_right_network_is_found_in_a_checkpoint(wrap, tmp_path):
+    a,b = layers().state_dict(),layers().state_dict()
+    torch.save(wrap(a, b), tmp_path/'a.pth')
+    net = load_weights(layers(), tmp_path/'a.pth')
+    assert all(v.equal(a[k]) for k,v in net.state_dict().items())
+
+def test_the_order_in_a_file_decides_nothing(tmp_path):
+    "The library reads the tensors of a `.safetensors` file in an order that may differ from one process to the next"
+    a,b = layers().state_dict(),layers().state_dict()
+    for names in ('encoder_q.','encoder_k.'), ('one.','two.'):
+        sd,found = {**named(a, names[0]), **named(b, names[1])},[]
+        for seed in range(6):
+            order = list(sd); random.Random(seed).shuffle(order)
+            (tmp_path/'a.safetensors').touch()
+            with patch('fgsynth.nets.encoders.load_file', return_value={k:sd[k] for k in order}):
+                found.append(load_weights(layers(), tmp_path/'a.safetensors')[0].weight)
+        assert all(w.equal(a['0.weight']) for w in found), names
+
+def test_a_file_that_does_not_fit_lists_what_it_holds(tmp_path):
+    torch.save(dict(epoch=2, generator=layers().state_dict(), critic={'weight':torch.ones(2)}), tmp_path/'gan.pth')
+    with pytest.raises(InputError, match='do not fit .* The file holds generator, critic: choose'):
+        create_encoder('resnet18', weights=tmp_path/'gan.pth')
+
+def test_position_embeddings_of_another_size_are_resampled_as_timm_does(tmp_path):
+    large,small = create_encoder('timm/test_vit', size=96),create_encoder('timm/test_vit', size=48)
+    torch.save({'model':large.body.state_dict()}, tmp_path/'vit.pth')
+    save_encoder(large, tmp_path/'vit.safetensors')
+    want = timm.layers.resample_abs_pos_embed(large.body.pos_embed, [3,3], num_prefix_tokens=large.body.num_prefix_tokens)
+    for file in 'vit.pth','vit.safetensors':
+        e = load_weights(copy.deepcopy(small), tmp_path/file)
+        ft.test_close(e.body.pos_embed, want, 1e-6)
+        ft.test_eq(e.body.blocks[0].attn.qkv.weight, large.body.blocks[0].attn.qkv.weight)
+
+def test_relative_positions_of_another_size_are_resampled(tmp_path):
+    large,small = [timm.create_model('test_vit_relpos', num_classes=0, img_size=s) for s in (96,48)]
+    torch.save(large.state_dict(), tmp_path/'vit.pth')
+    load_weights(small, tmp_path/'vit.pth')
+    ft.test_eq(small.blocks[0].attn.qkv.weight, large.blocks[0].attn.qkv.weight)
+
+def test_position_embeddings_of_torchvisions_vit_are_resampled(tmp_path):
+    def vit(size): return torchvision.models.VisionTransformer(size, 8, 1, 2, 16, 16)
+    large,small = vit(64),vit(32)
+    large.encoder.pos_embedding.data.normal_()
+    torch.save({'module.'+k:v for k,v in large.state_dict().items()}, tmp_path/'vit.pth')
+    load_weights(small, tmp_path/'vit.pth')
+    cls,grid = large.encoder.pos_embedding.split([1,64], 1)
+    grid = F.interpolate(grid.transpose(1, 2).view(1,16,8,8), size=4, mode='bicubic', align_corners=True)
+    ft.test_close(small.encoder.pos_embedding, torch.cat([cls, grid.flatten(2).transpose(1, 2)], 1), 1e-5)
+
+def test_one_tensor_under_two_names_is_saved_and_loaded(tmp_path):
+    def tied():
+        body = nn.Sequential(pooled(), nn.Linear(12, 12), nn.Linear(12, 12))
+        body[2].weight = body[1].weight
+        return body
+    e,x = Encoder(tied(), 12),torch.rand(2,3,8,8)
+    back = load_encoder(save_encoder(e, tmp_path/'e.safetensors'), body=tied())
+    ft.test_eq(back(x), e(x))
+    assert back.body[1].weight is back.body[2].weight
+
+def test_an_encoder_that_was_cut_is_loaded_into_the_classifier(tmp_path):
+    net,x = torchvision.models.mobilenet_v3_small(),torch.rand(2,3,64,64)
+    e = create_encoder(net).eval()
+    back = load_encoder(save_encoder(e, tmp_path/'e.safetensors'), body=net)
+    with torch.no_grad(): ft.test_eq(back(x), e(x))
 
 def test_weights_that_do_not_fit(net, tmp_path):
     torch.save(net.state_dict(), tmp_path/'a.pth')

@@ -17,7 +17,7 @@ from fgsynth.files import locked
 from fgsynth.methods import learner as making_learners
 from fgsynth.methods.learner import ssl_learner
 from fgsynth.methods.mocov2 import MoCoV2
-from fgsynth.nets.encoders import Encoder
+from fgsynth.nets.networks import Encoder
 from fgsynth.runs import train as training
 from fgsynth.runs.checkpoints import read_checkpoint, to_plain, write_checkpoint
 from fgsynth.runs.resume import CheckpointCallback

@@ -18,7 +18,7 @@ from fastai.torch_core import set_seed
 from fgsynth.core import InputError
 from fgsynth.data.datasets import get_dataset
 from fgsynth.data.loaders import ssl_dls
-from fgsynth.nets.encoders import Encoder
+from fgsynth.nets.networks import Encoder
 from fgsynth.methods.base import SSLMethod
 from fgsynth.methods.byol import BYOL
 from fgsynth.methods.dino import DINO

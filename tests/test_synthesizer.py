@@ -15,7 +15,7 @@ from fgsynth.data.datasets import get_dataset
 from fgsynth.data.loaders import ssl_dls
 from fgsynth.data.views import Views
 from fgsynth.nets.decoder import Decoder
-from fgsynth.nets.encoders import Encoder
+from fgsynth.nets.networks import Encoder
 from fgsynth.nets.heads import MLPHead
 from fgsynth.nets.saliency import Saliency
 from fgsynth.methods.byol import BYOL

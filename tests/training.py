@@ -6,7 +6,7 @@ from torch import nn
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback                       # which brings `no_bar`
 from fastai.torch_core import set_seed
-from fgsynth.nets.encoders import Encoder
+from fgsynth.nets.networks import Encoder
 
 def small():
     "A small network without batch norm, so that float64 and float32 stay close"

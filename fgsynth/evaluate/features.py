@@ -6,7 +6,7 @@
 __all__ = ['encoder_device', 'features', 'check_features', 'labelled_split', 'split_features', 'ask_encoder']
 
 # %% ../../nbs/evaluate/00_features.ipynb #25401225
-import torch
+import itertools, torch
 from contextlib import nullcontext
 from torch import Tensor, nn
 from ..core import InputError
@@ -14,7 +14,7 @@ from ..distrib import failing_together, gather, gather_uneven, own_rows, world
 from ..data.crops import CutImages, kept_side
 from ..data.images import float_images, load_images, warn_unreadable
 from ..data.items import check_labels
-from ..nets.encoders import eval_mode
+from ..nets.networks import eval_mode
 
 # %% ../../nbs/evaluate/00_features.ipynb #2519b7a5
 def _check_size(size):
@@ -37,6 +37,24 @@ def _batches(images, bs, size, rows=None):
     else:
         if len(images): _check_size(size)
         for i in range(0, len(images), bs): yield _readable(images[i:i+bs], size)
+
+# %% ../../nbs/evaluate/00_features.ipynb #8444e22a
+def _positions(loader):
+    "Positions of the images that a loader hands out, in its order; None where it does not know them"
+    if hasattr(loader, 'get_idxs'):                                      # fastai's
+        idxs = [] if loader.shuffle else list(loader.get_idxs())
+        return idxs[:len(idxs)//loader.bs*loader.bs] if loader.drop_last else idxs
+    batches = getattr(loader, 'batch_sampler', None)                     # PyTorch's
+    return getattr(loader, 'sampler', None) if batches is None else itertools.chain(*batches)
+
+def _check_rows(loader, n=None): # n: how many images it has handed out; None: none yet
+    "Refuse a loader that does not hand out its data set from the first image to the last"
+    if not hasattr(loader, 'dataset') or not hasattr(loader.dataset, '__len__'): return
+    total,order = len(loader.dataset),None if n else _positions(loader)
+    if n in (None,total) and (order is None or list(order)==list(range(total))): return
+    what = f"hands out {n} of its {total} images" if n else "shuffles its images, or leaves some out"
+    raise InputError(f"This {type(loader).__name__} {what}, so nobody could tell whose features are whose: "
+                     "give it shuffle=False and drop_last=False, or pass the images themselves.")
 
 # %% ../../nbs/evaluate/00_features.ipynb #1390d944
 def encoder_device(encoder:nn.Module)->torch.device: # The CPU for a network without parameters and buffers
@@ -74,8 +92,10 @@ def features(
     if shared := distributed and world()>1 and (n := len(images if rows is None else rows))>=world():
         if rows is None: images = images[own_rows(n)]
         else: rows = rows[own_rows(n)]
+    _check_rows(images)
     with failing_together() if shared else nullcontext(), eval_mode(encoder):
         z = _encode_all(encoder, _batches(images, bs, size, rows), device, size)
+    if z is not None: _check_rows(images, len(z))
     if shared: z = _gather_shares(z, device)
     if z is None:
         raise InputError("There are no images to take features of, or none that can be read.")

@@ -10,7 +10,7 @@ import torch
 from contextlib import nullcontext
 from torch import nn
 from ..data.items import label_fraction
-from ..nets.encoders import eval_mode
+from ..nets.networks import eval_mode
 from .features import features, labelled_split
 from .probe import fit_probe, fresh_crops, top_k
 from .retrieval import knn, retrieval

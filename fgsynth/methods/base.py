@@ -16,7 +16,8 @@ from ..distrib import broadcast, draw_apart, fastai_distributed, gather_with_gra
 from ..data.crops import CutImages
 from ..data.images import float_images
 from ..data.views import ViewSet, Views, mocov2_views, whole_views
-from ..nets.encoders import num_features, stages
+from ..nets.networks import num_features
+from ..nets.encoders import stages
 from ..nets.heads import MLPHead
 from ..nets.losses import nt_xent
 from ..nets.saliency import Saliency

@@ -8,7 +8,7 @@ __all__ = ['byol_views', 'BYOLModel', 'BYOL']
 # %% ../../nbs/methods/04_byol.ipynb #ee898153
 from fastai.basics import *
 from ..data.views import ViewSet, Views
-from ..nets.encoders import num_features
+from ..nets.networks import num_features
 from ..nets.heads import MLPHead
 from ..nets.losses import neg_cosine
 from ..nets.saliency import Saliency

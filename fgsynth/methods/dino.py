@@ -10,7 +10,7 @@ import itertools
 from fastai.basics import *
 from ..distrib import gather
 from ..data.views import ViewSet, Views
-from ..nets.encoders import num_features
+from ..nets.networks import num_features
 from ..nets.heads import MLPHead, Prototypes
 from ..nets.losses import distill
 from ..nets.saliency import Saliency

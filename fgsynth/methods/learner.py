@@ -13,7 +13,8 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import *
 from ..core import InputError, check_name
 from ..data.images import float_images
-from ..nets.encoders import Encoder, create_encoder, stages
+from ..nets.networks import Encoder
+from ..nets.encoders import create_encoder, stages
 from .base import SSLMethod
 from .mocov2 import MoCoV2
 from .simsiam import SimSiam

@@ -9,7 +9,7 @@ __all__ = ['MoCoModel', 'MoCoV2']
 import warnings
 from fastai.basics import *
 from ..distrib import Shuffle, gather, world
-from ..nets.encoders import num_features
+from ..nets.networks import num_features
 from ..nets.heads import MLPHead
 from ..nets.losses import info_nce
 from ..nets.saliency import Saliency

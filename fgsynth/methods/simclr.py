@@ -7,7 +7,7 @@ __all__ = ['simclr_views', 'SimCLR']
 
 # %% ../../nbs/methods/03_simclr.ipynb #fb72e3b0
 from ..data.views import Views
-from ..nets.encoders import num_features
+from ..nets.networks import num_features
 from ..nets.heads import MLPHead
 from ..nets.saliency import Saliency
 from .base import SSLMethod, SSLModel

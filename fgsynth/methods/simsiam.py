@@ -8,7 +8,7 @@ __all__ = ['SimSiamModel', 'SimSiam']
 # %% ../../nbs/methods/02_simsiam.ipynb #69a5d549
 from fastai.basics import *
 from ..data.views import simsiam_views
-from ..nets.encoders import num_features
+from ..nets.networks import num_features
 from ..nets.heads import MLPHead
 from ..nets.losses import neg_cosine
 from ..nets.saliency import Saliency

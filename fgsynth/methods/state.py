@@ -13,7 +13,7 @@ from fastai.basics import *
 from ..core import InputError
 from ..files import replacing
 from ..distrib import seeded
-from ..nets.encoders import eval_mode
+from ..nets.networks import eval_mode
 
 # %% ../../nbs/methods/07_state.ipynb #820b3f46
 def check_size(

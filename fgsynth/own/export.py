@@ -12,7 +12,8 @@ from torch import nn
 from ..core import InputError, check_name
 from ..files import save_tensors
 from ..cli import run_command
-from ..nets.encoders import DepthwiseConv2d, Encoder, load_encoder
+from ..nets.networks import DepthwiseConv2d, Encoder
+from ..nets.encoders import load_encoder
 from ..runs.report import read_run
 
 # %% ../../nbs/own/03_export.ipynb #8589b770

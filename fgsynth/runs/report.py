@@ -169,7 +169,8 @@ def save_pictures(
     "Every picture that the learner can give, as files"
     net = get_model(learn.model)
     save_figure(show_health(history(learn)), out/'curves.png')
-    save_figure(show_attention(x[:8], attention_maps(net.encoder, x[:8], net.projector)), out/'attention.png')
+    try: save_figure(show_attention(x[:8], attention_maps(net.encoder, x[:8], net.projector)), out/'attention.png')
+    except InputError as e: print(f'There is no picture of attention: {e}')
     learn.show_batch(); save_figure(plt.gcf(), out/'views.png')
     if hasattr(net, 'decoder') and hasattr(net, 'bank'): _save_synthesis(learn, out, x)
 
@@ -202,7 +203,8 @@ def describe_attention(
 )->list: # One sentence, or none
     "A sentence about attention, where there are masks of the parts that matter"
     if items.test_masks is None: return []
-    a = attention_on_parts(encoder, items, size)
+    try: a = attention_on_parts(encoder, items, size)
+    except InputError as e: return [f'{name}{e}']
     return [f"{name}{a['share']:.1f} % of the attention and {a['pointing']:.1f} % of its peaks fall on the parts "
             f"that tell the classes apart, which are {a['area']:.1f} % of the pixels."]
 

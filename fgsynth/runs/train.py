@@ -26,7 +26,7 @@ from ..show.pictures import history
 from .presets import Settings, optimizers, takes_settings
 from .report import check_run_folder, example_images, open_run, save_pictures, versions, write_report
 from .report import writing_run
-from .checkpoints import read_checkpoint
+from .checkpoints import read_checkpoint, try_fit
 from .resume import CheckpointCallback, check_same, parse_every
 
 # %% ../../nbs/runs/04_train.ipynb #ca497e2a
@@ -287,6 +287,7 @@ def train(*,
         s = s.changed(precision=there.get('measured', s.precision))
     learn = make_learner(items, s)
     kept_encoder(learn, s) # if there is none, before anything is written
+    try_fit(learn)
     if first: open_run(out, overwrite, resume)
     with locked(out) if first else redirect_stdout(io.StringIO()), _processes(learn, s):
         _fit_in_folder(learn, items, s, out, facts, save_every, _newest_state(out) if resume else None)

@@ -10,7 +10,7 @@ import inspect
 from fastai.basics import *
 from ..core import InputError, check_name
 from ..distrib import gather, mean_over_processes, seeded
-from ..nets.encoders import eval_mode, num_features
+from ..nets.networks import eval_mode, num_features
 from ..nets.decoder import Decoder
 from ..methods.base import batch_stats_only
 from ..methods.health import grad_scaler
@@ -295,6 +295,6 @@ def synth_pairs(
 )->list: # Three callbacks
     "Everything that the paper adds to a self-supervised method (Eq. 8)"
     own = {cls: inspect.signature(cls).parameters for cls in (DecoderCallback,PerturbCallback,SynthPairCallback)}
-    for k in kwargs: check_name(k, set().union(*own.values()), 'argument of synth_pairs')
+    for k in kwargs: check_name(k, dict.fromkeys(n for names in own.values() for n in names), 'argument of synth_pairs')
     settings = dict(PAPER if paper else {}, mode=mode) | kwargs
     return [cls(**{k:v for k,v in settings.items() if k in names}) for cls,names in own.items()]

@@ -15,7 +15,8 @@ from ..core import InputError, check_name
 from ..files import save_tensors
 from ..distrib import seeded
 from ..data.views import Views
-from ..nets.encoders import create_encoder, eval_mode, read_info
+from ..nets.networks import eval_mode
+from ..nets.encoders import create_encoder, read_info
 from ..nets.heads import Prototypes
 from ..nets.decoder import Decoder
 from ..nets.saliency import Saliency, saliency_for_pictures
@@ -199,7 +200,9 @@ def _read(path):
 def _load_state(syn, state):
     "The parts of `saliency` have their own names in a file, without that of the module"
     own = 'encoder.','decoder.','v','unit'
-    syn.load_state_dict({k if k.startswith(own) else f'saliency.{k}':v for k,v in state.items()})
+    named = OrderedDict((k if k.startswith(own) else f'saliency.{k}', v) for k,v in state.items())
+    named._metadata = syn.state_dict()._metadata # the versions of its layers, which some ask for
+    syn.load_state_dict(named)
 
 # %% ../../nbs/synth/03_synthesizer.ipynb #e22bf4b1
 @patch(cls_method=True)
