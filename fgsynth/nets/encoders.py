@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from ..core import InputError, check_name
 from ..files import load_tensors, save_tensors
+from ..cli import is_interactive
 
 # %% ../../nbs/nets/00_encoders.ipynb #a4e19b22
 IMAGENET_STATS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -78,7 +79,8 @@ def _torchvision(arch, pretrained, size):
     "One of torchvision's networks as an `Encoder`; `pretrained` may be the name of its weights"
     size = size if arch.startswith('vit_') else None
     weights = ('DEFAULT' if pretrained is True else pretrained) if pretrained else None
-    try: net = torchvision.models.get_model(arch, weights=weights, **(dict(image_size=size) if size else {}))
+    options = dict(weights=weights, progress=is_interactive(), **(dict(image_size=size) if size else {}))
+    try: net = torchvision.models.get_model(arch, **options)
     except (AssertionError, ValueError) as e:
         if size is None:
             raise

@@ -13,7 +13,7 @@ from fastcore.script import store_true
 from fastai.basics import *
 from ..files import locked, read_json, write_csv, write_json
 from ..distrib import fastai_distributed, rank, wait_for_others
-from ..cli import run_command
+from ..cli import if_interrupted, run_command
 from ..data.images import float_images
 from ..data.datasets import get_dataset
 from ..data.loaders import ssl_dls
@@ -244,7 +244,8 @@ def train(*,
         s = s.changed(precision=there.get('measured', s.precision))
     learn = make_learner(items, s)
     if first: open_run(out, overwrite, resume)
-    with locked(out) if first else redirect_stdout(io.StringIO()), _processes(learn, s):
+    go_on = if_interrupted(f'the same command with --resume goes on with the run in {out}')
+    with go_on, locked(out) if first else redirect_stdout(io.StringIO()), _processes(learn, s):
         _fit_in_folder(learn, items, s, out, facts, save_every, read_checkpoint(out/'checkpoints') if resume else None)
         wait_for_others()
     learn.run = out
