@@ -20,7 +20,7 @@ from .datasets import data_sets, get_dataset, published
 _Look = namedtuple('_Look', 'digest size kind trouble why flat', # size: (width, height)
                    defaults=('', False))                        # trouble: 'broken', 'missing' or None
 
-def _is_flat(x): return int((x.amax((1,2)).int()-x.amin((1,2)).int()).max())<16
+def _is_flat(x): return int((x.amax((1,2)).int()-x.amin((1,2)).int()).max())<=16
 
 # %% ../../nbs/data/11_check.ipynb #566e6a6d
 def _look(image):
@@ -101,7 +101,7 @@ def of(self:DataCheck,
 def flat(self:DataCheck,
     split:str, # 'train' or 'test'
 )->list: # Positions
-    "Images that are nearly constant: no channel varies by 16 of 255 or more"
+    "Images that are nearly constant: no channel varies by more than 16 of 255"
     return [i for i,o in enumerate(self.looks[split]) if o.flat]
 
 # %% ../../nbs/data/11_check.ipynb #598dee42

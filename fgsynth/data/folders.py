@@ -70,7 +70,7 @@ def _name_kinds(files, folder):
 def _warn_of_unread(files, folder):
     "Name files that are not read and may be images"
     if not files: return
-    heic = 'pip install pillow-heif for HEIC, ' if {f.suffix.lower() for f in files} & {'.heic','.heif','.hif'} else ''
+    heic = 'pip install pillow-heif for HEIC, and ' if {f.suffix.lower() for f in files} & {'.heic','.heif','.hif'} else ''
     what,are = ('file','is') if len(files)==1 else ('files','are')
     warn_user(f"{len(files):,} {what} in {folder} cannot be read as images and {are} left out, "
               f"{_name_kinds(files, folder)}: {heic}convert what is a picture to PNG or JPEG.")
@@ -81,7 +81,7 @@ def find_images(
 )->L: # Paths, sorted
     "All images in a folder, at least one; files that may be images and are not read are named in a warning"
     images = list_images(path, others := [])
-    unread = _goes_unread(others)
+    unread = [f for f in _goes_unread(others) if f.is_file()]
     if images:
         _warn_of_unread(unread, path)
         return images
@@ -91,8 +91,7 @@ def find_images(
     if unread:
         raise InputError(f"There are no images in the folder {path} that can be read, only "
                          f"{_name_kinds(unread, path)}: convert them to PNG or JPEG, or choose another folder.")
-    raise InputError(f"There are no images in the folder {path} (looked for {' '.join(sorted(image_suffixes))}): "
-                     f"choose another folder.")
+    raise InputError(f"There are no images in the folder {path}: choose another folder.")
 
 # %% ../../nbs/data/06_folders.ipynb #b5bdf471
 def split_items(

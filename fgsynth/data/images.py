@@ -118,8 +118,10 @@ def why_unreadable(
     path, # An image file
 )->str: # A few words; nothing, if it can be read after all
     "Why an image file cannot be read"
-    try: decode_image(path, 32)
-    except Exception as e: return explain_unreadable(path, e)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        try: decode_image(path, 32)
+        except Exception as e: return explain_unreadable(path, e)
     return ''
 
 # %% ../../nbs/data/04_images.ipynb #84beb099
@@ -253,7 +255,7 @@ def warn_if_dark(
     looked_at = torch.linspace(0, len(x)-1, min(n, len(x))).long().tolist()
     brightest = {i:int(x[i].max()) for i in looked_at}
     dark = [i for i in looked_at if brightest[i]<64]
-    if len(dark)*10<len(looked_at) or not dark: return
+    if len(dark)*2<len(looked_at) or not dark: return
     most,named = max(brightest[i] for i in dark),name_some([name(i) for i in dark])
     warnings.warn(f"{len(dark):,} of {len(looked_at):,} images looked at are nearly black, none brighter than {most} "
                   f"of 255 ({named}): if their files have room for more bits than the camera gave, such as 16 for 12, "
