@@ -57,7 +57,8 @@ def test_heic_is_read_once_pillow_heif_is_there(tmp_path, monkeypatch):
     for name in 'OPEN','EXTENSION': monkeypatch.setattr(Image, name, dict(getattr(Image, name)))
     monkeypatch.setattr(Image, 'ID', list(Image.ID))
     def register():
-        Image.register_open('HEIF', lambda f, name: Image.open(io.BytesIO(f.read()[12:])), lambda o: o[4:12]==b'ftypheic')
+        def opened(f, name): return Image.open(io.BytesIO(f.read()[12:]))
+        Image.register_open('HEIF', opened, lambda head: head[4:12]==b'ftypheic')
         Image.register_extensions('HEIF', ['.heic','.heif'])
     monkeypatch.setitem(sys.modules, 'pillow_heif', types.SimpleNamespace(register_heif_opener=register))
     source = open(formats.__file__).read(); there = {'__name__':'fgsynth.data.again', '__package__':'fgsynth.data'}
@@ -83,7 +84,8 @@ def test_files_passed_over_are_counted_by_kind(tmp_path):
     _,(said,) = caught(lambda: find_images(tmp_path))
     assert said.startswith('14 files') and '12 .heic (00.HEIC, 01.HEIC, ...); 2 .dcm (0.dcm, 1.dcm)' in said
 
-@pytest.mark.parametrize('name', ['labels.csv','README','LICENSE','notes.txt','meta.json','Thumbs.db','.DS_Store','x.xml'])
+@pytest.mark.parametrize('name', ['labels.csv','README','LICENSE','notes.txt','meta.json',
+                                  'Thumbs.db','.DS_Store','x.xml'])
 def test_what_accompanies_images_is_not_named(tmp_path, name):
     save(tmp_path/'good.png'); (tmp_path/name).write_text('file,label\ngood.png,a\n')
     assert caught(lambda: get_dataset(tmp_path))[1]==[]
@@ -129,10 +131,10 @@ def test_each_file_has_its_reason(tmp_path):
     assert [why_unreadable(tmp_path/o) for o in ('good.png','folder.jpg','gone.jpg')]==['','not a file','not found']
 
 def test_a_large_image_is_told_the_limit(tmp_path, monkeypatch):
-    save(tmp_path/'7 pixels wide.jpg', size=(140,70))
+    f = save(tmp_path/'7 pixels wide.jpg', size=(140,70))
     for limit in 9_000,3_000: # Pillow itself refuses from twice the limit on
         monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', limit)
-        assert why_unreadable(tmp_path/'7 pixels wide.jpg')==f'9,800 pixels, the limit PIL.Image.MAX_IMAGE_PIXELS is {limit:,}'
+        assert why_unreadable(f)==f'9,800 pixels, the limit PIL.Image.MAX_IMAGE_PIXELS is {limit:,}'
 
 def test_a_closed_file_says_so(tmp_path, monkeypatch):
     def closed(*args, **kwargs): raise PermissionError(13, 'Permission denied')

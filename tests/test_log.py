@@ -27,13 +27,14 @@ def new(dls, **kw): return ssl_learner(dls, 'timm/test_byobnet', MoCoV2(), **kw)
 
 # Bars
 
-@pytest.mark.parametrize('go', [lambda: list(with_bar(range(3), 3, True)), lambda: map_threads(str, range(3), progress=True),
-                                lambda: map_threads(str, range(2001))])
+@pytest.mark.parametrize('go', [lambda: list(with_bar(range(3), 3, True)), lambda: map_threads(str, range(2001)),
+                                lambda: map_threads(str, range(3), progress=True)])
 def test_bars_are_drawn_for_those_who_look_on(go):
     assert printed(go)=='' and '\r' in printed(go, Terminal())
 
 def test_without_a_terminal_is_where_no_bar_can_be(monkeypatch):
-    assert printed(lambda: print(is_interactive()))=='False\n' and printed(lambda: print(is_interactive()), Terminal())=='True\n'
+    def tell(): print(is_interactive())
+    assert printed(tell)=='False\n' and printed(tell, Terminal())=='True\n'
     monkeypatch.setattr(sys, 'stdout', None); assert not is_interactive() # as under pythonw
 
 def test_bars_of_other_libraries_stay_out_of_a_log():
@@ -60,7 +61,7 @@ def test_a_fit_writes_one_line_an_epoch(dls):
     text = printed(lambda: new(dls).fit(3, .01))
     assert epochs(text)==3
     first = dict(o.split(' ', 1) for o in text.splitlines()[0].split(', '))
-    assert first['epoch']=='0' and float(first['train_loss'])>0 and float(first['valid_loss'])>0 and ':' in first['time']
+    assert first['epoch']=='0' and ':' in first['time'] and all(float(first[f'{o}_loss'])>0 for o in ('train','valid'))
 
 def test_the_line_has_what_the_table_has(dls):
     learn = new(dls); text = printed(lambda: learn.fit(1, .01))
@@ -96,7 +97,8 @@ def test_fastais_own_uses_of_the_bars_work_in_a_log(dls):
 def test_the_command_logs_without_carriage_returns(tmp_path, py):
     r = py(Path(sys.executable).parent/'fgsynth_train', '--preset', 'smoke', '--epochs', '2', '--out', tmp_path/'run')
     assert '\r' not in r.stdout+r.stderr
-    assert sum(o.startswith('epoch ') and 'train_loss' in o for o in r.stdout.splitlines())==3, r.stdout # one of the decoder
+    lines = [o for o in r.stdout.splitlines() if o.startswith('epoch ') and 'train_loss' in o]
+    assert len(lines)==3, r.stdout # one of the decoder
 
 # Ctrl-C
 
@@ -123,7 +125,8 @@ def test_of_several_processes_one_says_it(monkeypatch, capsys):
     with pytest.raises(SystemExit) as e, as_sentences('fgsynth_x'): stop()
     assert e.value.code==130 and capsys.readouterr().err==''
 
-@pytest.mark.parametrize('where,has', [('fit_run', True), ('_pretrain', True), ('make_learner', False), ('run_items', False)])
+@pytest.mark.parametrize('where,has', [('fit_run', True), ('_pretrain', True), ('make_learner', False),
+                                       ('run_items', False)])
 def test_a_training_names_resume_once_there_is_something_to_resume(where, has, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train_room, where, stop)
     with pytest.raises(SystemExit) as e:
@@ -134,13 +137,15 @@ def test_a_training_names_resume_once_there_is_something_to_resume(where, has, t
 def test_a_table_goes_on_with_the_same_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(table_room, 'measure_run', stop)
     with pytest.raises(SystemExit) as e:
-        call(monkeypatch, 'fgsynth_table', 'tau', '--data', 'finches', '--preset', 'smoke', '--seeds', 1, '--out', tmp_path/'runs.csv')
+        call(monkeypatch, 'fgsynth_table', 'tau', '--data', 'finches', '--preset', 'smoke', '--seeds', 1,
+             '--out', tmp_path/'runs.csv')
     assert e.value.code==130 and 'the same command goes on' in capsys.readouterr().err
 
 @pytest.mark.parametrize('room,name,args', [('data.check','get_dataset',('fgsynth_data','check','{}')),
-    ('data.check','get_dataset',('fgsynth_data','download','cub200','{}')), ('runs.measure','read_run',('fgsynth_eval','{}')),
-    ('own.search','read_run',('fgsynth_search','{}','x.png')), ('own.label','read_labels',('fgsynth_label','{}','x.csv')),
-    ('own.export','export_encoder',('fgsynth_export','{}')), ('runs.demo','get_dataset',('fgsynth_demo','--out','{}/demo'))])
+    ('data.check','get_dataset',('fgsynth_data','download','cub200','{}')),
+    ('runs.measure','read_run',('fgsynth_eval','{}')), ('runs.demo','get_dataset',('fgsynth_demo','--out','{}/demo')),
+    ('own.search','read_run',('fgsynth_search','{}','x.png')), ('own.export','export_encoder',('fgsynth_export','{}')),
+    ('own.label','read_labels',('fgsynth_label','{}','x.csv'))])
 def test_every_command_ends_in_one_sentence(room, name, args, tmp_path, monkeypatch, capsys):
     "Whatever it does first is interrupted"
     monkeypatch.setattr(f'fgsynth.{room}.{name}', stop)
@@ -152,14 +157,16 @@ def test_a_download_that_is_interrupted_leaves_no_half_file(tmp_path, monkeypatc
     "Or the next one would take it for the whole"
     import torchvision.datasets.utils as utils
     def half(url, filename, **kw): Path(filename).write_bytes(b'half'); raise KeyboardInterrupt
-    monkeypatch.setattr(utils, '_urlretrieve', half); monkeypatch.setattr(utils, '_get_redirect_url', lambda url, **kw: url)
+    monkeypatch.setattr(utils, '_urlretrieve', half)
+    monkeypatch.setattr(utils, '_get_redirect_url', lambda url, **kw: url)
     with pytest.raises(KeyboardInterrupt): get_dataset('cub200', tmp_path/'to', download=True)
     assert not [f for f in (tmp_path/'to').rglob('*') if f.is_file()]
 
 @pytest.mark.skipif(os.name=='nt', reason='Windows has other signals')
 def test_ctrl_c_in_a_shell(tmp_path):
     "A real signal during a real training: one sentence, 130, and no traceback; then it goes on"
-    args = [Path(sys.executable).parent/'fgsynth_train', '--preset', 'smoke', '--epochs', '500', '--out', tmp_path/'run']
+    command = Path(sys.executable).parent/'fgsynth_train'
+    args = [command, '--preset', 'smoke', '--epochs', '500', '--out', tmp_path/'run']
     p = subprocess.Popen(args, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
     for line in p.stdout:
         if line.startswith('epoch 1,') or 'Training' in line: break

@@ -70,10 +70,11 @@ def _name_kinds(files, folder):
 def _warn_of_unread(files, folder):
     "Name files that are not read and may be images"
     if not files: return
-    heic = 'pip install pillow-heif for HEIC, and ' if {f.suffix.lower() for f in files} & {'.heic','.heif','.hif'} else ''
+    phone = {f.suffix.lower() for f in files} & {'.heic','.heif','.hif'}
     what,are = ('file','is') if len(files)==1 else ('files','are')
     warn_user(f"{len(files):,} {what} in {folder} cannot be read as images and {are} left out, "
-              f"{_name_kinds(files, folder)}: {heic}convert what is a picture to PNG or JPEG.")
+              f"{_name_kinds(files, folder)}: {'pip install pillow-heif for HEIC, and '*bool(phone)}convert what is a "
+              f"picture to PNG or JPEG.")
 
 # %% ../../nbs/data/06_folders.ipynb #ee092617
 def find_images(
