@@ -10,7 +10,7 @@ import warnings
 from torch.utils.data import get_worker_info
 from fastai.vision.all import *
 from ..core import InputError
-from .images import decode_image, resize_square, warn_unreadable
+from .images import decode_image, resize_square, warn_unreadable, why_unreadable
 from .items import label_fraction
 
 # %% ../../nbs/data/10_loaders.ipynb #ccd97417
@@ -84,7 +84,9 @@ def report(self:ImageDS):
     "Name the unreadable images met since the last report"
     if not len(self) or not self.unreadable.any(): return
     if self.unreadable.all():
-        raise InputError(f"None of the {len(self):,} images can be read: check that they are image files.")
+        first = self.images[int(self.rows[0])]
+        raise InputError(f"None of the {len(self):,} images can be read (the first is {first}: {why_unreadable(first)}): "
+                         f"check that they are image files.")
     new = (self.unreadable & ~self.reported).nonzero()[:,0]
     self.reported |= self.unreadable
     if len(new): warn_unreadable([self.images[i] for i in self.rows[new].tolist()], len(self))
