@@ -147,8 +147,8 @@ def _decode_into(out, images, num_workers, progress):
     map_threads(decode, range(n), num_workers, progress)
     good = readable.nonzero()[:,0]
     if not len(good):
-        raise InputError(f"None of the {n:,} images can be read (the first is {images[0]}: {why_unreadable(images[0])}): "
-                         "check that they are image files.")
+        raise InputError(f"None of the {n:,} images can be read (the first is {images[0]}: "
+                         f"{why_unreadable(images[0])}): check that they are image files.")
     for to,i in enumerate(good.tolist()):
         if to!=i: out[to] = out[i]
     return good

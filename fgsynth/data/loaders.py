@@ -85,8 +85,8 @@ def report(self:ImageDS):
     if not len(self) or not self.unreadable.any(): return
     if self.unreadable.all():
         first = self.images[int(self.rows[0])]
-        raise InputError(f"None of the {len(self):,} images can be read (the first is {first}: {why_unreadable(first)}): "
-                         f"check that they are image files.")
+        raise InputError(f"None of the {len(self):,} images can be read (the first is {first}: "
+                         f"{why_unreadable(first)}): check that they are image files.")
     new = (self.unreadable & ~self.reported).nonzero()[:,0]
     self.reported |= self.unreadable
     if len(new): warn_unreadable([self.images[i] for i in self.rows[new].tolist()], len(self))
