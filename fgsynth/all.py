@@ -12,6 +12,7 @@ from .files import *
 # %% ../nbs/04_all.ipynb #ec4ac17d
 from .data.drawing import *
 from .data.finches import *
+from .data.formats import *
 from .data.images import *
 from .data.items import *
 from .data.annotations import *

@@ -1,5 +1,5 @@
 "The explorer as a person meets it: in a page without a kernel, and in JupyterLab, both in headless Chromium"
-import base64, io, json, os, shutil, socket, subprocess, sys, time, urllib.request
+import base64, io, json, os, shutil, socket, subprocess, sys, time, urllib.request, warnings
 from contextlib import contextmanager
 from pathlib import Path
 import numpy as np, pytest, torch
@@ -120,6 +120,76 @@ def changed(page, before, seconds=30):
         last = now; time.sleep(.3)
     return set()
 
+def run_all(page, url, name):
+    "Open a notebook in JupyterLab and run all of its cells"
+    page.goto(f'{url}/lab/tree/{name}?reset')
+    page.get_by_text('(ipykernel) | Idle').wait_for(timeout=120_000)
+    page.get_by_role('menuitem', name='Run', exact=True).click()
+    page.get_by_text('Run All Cells', exact=True).click()
+
+def bundle(run_folder):
+    "What the explorer hands to a notebook"
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        return Explorer.from_run(run_folder)._repr_mimebundle_()
+
+def saved_notebook(path, data):
+    "A notebook with one output, as a run has left it, and without the state of its widgets"
+    notebook(path, 'ex')
+    nb = json.loads(path.read_text())
+    nb['cells'][0].update(execution_count=1,
+                          outputs=[dict(output_type='execute_result', execution_count=1, data=data, metadata={})])
+    path.write_text(json.dumps(nb))
+
+fallback = 'img[src^="data:image/png"]'
+
+def is_rows(page):
+    "Is the one picture that is shown the explorer's, and visible?"
+    img = page.locator(fallback); assert img.count()==1 and img.is_visible()
+    w,h = img.evaluate('o => [o.naturalWidth, o.naturalHeight]')
+    return w>200 and h%len(Explorer.rows)==0
+
+def test_the_explorer_offers_the_widget_and_the_picture(run_folder):
+    "In one output, and without the words that a widget prints of itself"
+    data = bundle(run_folder)
+    assert set(data)=={'application/vnd.jupyter.widget-view+json','image/png','text/plain'}
+    ex = Explorer.from_run(run_folder); ex.widget()
+    assert base64.b64decode(data['image/png'])==ex.image.value and 'VBox' not in data['text/plain']
+
+def test_without_a_picture_the_widget_is_still_shown(run_folder, monkeypatch):
+    "An exception while drawing stands in the widget, as ever"
+    def broken(self): raise RuntimeError('no memory')
+    monkeypatch.setattr(Explorer, '_redraw', broken)
+    assert set(bundle(run_folder))=={'application/vnd.jupyter.widget-view+json','text/plain'}
+
+def test_exported_notebook(browser, run_folder, tmp_path):
+    "An HTML export, which has no kernel and no state of widgets, shows the picture, and fetches nothing to do so"
+    nbconvert = pytest.importorskip('nbconvert', reason='nbconvert is not installed')
+    saved_notebook(tmp_path/'ex.ipynb', bundle(run_folder))
+    body,_ = nbconvert.HTMLExporter().from_filename(str(tmp_path/'ex.ipynb'))
+    (tmp_path/'ex.html').write_text(body, encoding='utf-8')
+    page = browser.new_page(); page.route('http*://**', lambda r: r.abort()); page.goto((tmp_path/'ex.html').as_uri())
+    assert is_rows(page) and 'VBox' not in page.inner_text('body')
+    shot(page, 'exported'); page.close()
+
+def test_untrusted_notebook(browser, run_folder, tmp_path):
+    "JupyterLab does not run what a stranger's notebook holds, and shows the picture; once the cell is run, the widget"
+    pytest.importorskip('jupyterlab', reason='JupyterLab is not installed')
+    saved_notebook(tmp_path/'ex.ipynb', bundle(run_folder))
+    nb = json.loads((tmp_path/'ex.ipynb').read_text())
+    nb['cells'][0]['source'] = f'from fgsynth.all import *\nExplorer.from_run({str(run_folder)!r})'
+    (tmp_path/'ex.ipynb').write_text(json.dumps(nb))
+    with lab(tmp_path) as url:
+        page = browser.new_page(viewport=dict(width=1100, height=1300))
+        page.goto(f'{url}/lab/tree/ex.ipynb?reset')
+        page.locator(fallback).wait_for(timeout=120_000)
+        assert is_rows(page) and not page.locator('.widget-hslider').count() and 'VBox' not in page.inner_text('body')
+        shot(page, 'untrusted')
+        run_all(page, url, 'ex.ipynb')
+        page.locator('img.widget-image').first.wait_for(timeout=180_000)
+        assert page.locator('.widget-hslider').count() and not page.locator(fallback).count()
+        page.close()
+
 def test_jupyterlab(browser, run_folder, tmp_path):
     """The sigma slider, by keyboard and by mouse, changes the perturbed pictures and not the reconstructed ones;
     another draw too; reset undoes it all"""
@@ -127,10 +197,7 @@ def test_jupyterlab(browser, run_folder, tmp_path):
     notebook(tmp_path/'explore.ipynb', 'from fgsynth.all import *', f'Explorer.from_run({str(run_folder)!r})')
     with lab(tmp_path) as url:
         page = browser.new_page(viewport=dict(width=1100, height=1300))
-        page.goto(f'{url}/lab/tree/explore.ipynb?reset')
-        page.get_by_text('(ipykernel) | Idle').wait_for(timeout=120_000)
-        page.get_by_role('menuitem', name='Run', exact=True).click()
-        page.get_by_text('Run All Cells', exact=True).click()
+        run_all(page, url, 'explore.ipynb')
         page.locator('img.widget-image').first.wait_for(timeout=180_000)
         moves = {'perturbed','difference'}
         start = rows(page)

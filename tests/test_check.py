@@ -8,7 +8,7 @@ from conftest import call
 from fgsynth.data.check import check_data
 from fgsynth.data.datasets import data_sets, get_dataset
 from fgsynth.data.finches import finches
-from tiny import red, save, write
+from tiny import red, save, solid, write
 
 def picture(bird): return Image.fromarray(bird.image.permute(1,2,0).numpy())
 
@@ -16,7 +16,9 @@ def picture(bird): return Image.fromarray(bird.image.permute(1,2,0).numpy())
 def folder(tmp_path_factory):
     "A folder in which everything is wrong that can be wrong"
     d = tmp_path_factory.mktemp('bad')
-    def square(file, c, size=(40,50)): save(d/file, (c,c//2,0), size)
+    def square(file, c, size=(40,50)):
+        im = solid((c,c//2,0), size); im.paste('white', (0,0,20,20))
+        (d/file).parent.mkdir(parents=True, exist_ok=True); im.save(d/file)
     for i in range(12): square(f'train/cat/{i}.png', i); square(f'train/dog/{i}.png', 100+i, (60,30))
     for i in range(4): square(f'test/cat/{i}.png', 50+i); square(f'test/dog/{i}.png', 150+i)
     write(d/'train/cat/broken.jpg', 'no image')

@@ -25,8 +25,12 @@ def kind(section, name):
 def cls(d, *names, n=2):
     "Class folders with `n` images each"
     for k,c in enumerate(names):
-        for i in range(n): save(d/c/f'{i}.png', (60*k,20*i,9))
+        for i in range(n): picture(d/c/f'{i}.png', (60*k,20*i,9))
     return d
+
+def picture(file, color):
+    "White beside a colour"
+    im = solid(white); im.paste(color, (20,0,40,40)); file.parent.mkdir(parents=True, exist_ok=True); im.save(file)
 
 def among(d, f, *colors):
     "What becomes of the file `f` among two good images; `colors`: of its top left and bottom right corner"
@@ -37,7 +41,8 @@ def among(d, f, *colors):
     assert {'good 1.png','good 2.jpg'} <= set(names)
     for o,c in (('good 1.png',green), ('good 2.jpg',blue)): assert near(x[names.index(o)][:,16,16], c)
     assert '\n' not in ''.join(w2)
-    if f not in items.train: assert not w1+w2; return 'ignored: not taken for an image'
+    if f not in items.train and not w1: assert not w2; return 'ignored: not taken for an image'
+    if f not in items.train: assert len(w1)==1 and f.name in w1[0]; return 'left out, and named in a warning'
     if f.name not in names:
         assert len(w2)==1 and f.name[-20:] in w2[0] and f'1 of {len(items.train)} ' in w2[0]
         return 'left out, and named in one warning'
@@ -169,7 +174,29 @@ def _(d): save(d/'x.png').rename(d/'wrong.jpg'); return among(d, d/'wrong.jpg', 
 def _(d): save(d/'X.PNG'); return among(d, d/'X.PNG', red, red)
 
 @kind(S, 'image without an extension')
-def _(d): save(d/'x.png').rename(d/'bare'); return among(d, d/'bare')
+def _(d): save(d/'x.png').rename(d/'bare'); return among(d, d/'bare', red)
+
+@kind(S, 'something else without an extension')
+def _(d): (d/'bare').write_bytes(bytes(99)); return among(d, d/'bare')
+
+@kind(S, 'HEIC, DICOM and the like')
+def _(d):
+    (d/'phone.heic').write_bytes(b'\0\0\0\x18ftypheic'); save(d/'good.png'); get_dataset(d)
+    return 'left out'
+
+@kind(S, 'AVIF and JPEG 2000')
+def _(d):
+    for ext in 'avif','jp2':
+        try: solid().save(d/f'x.{ext}')
+        except (KeyError, OSError): pytest.skip('this Pillow cannot write it')
+        said = among(d, d/f'x.{ext}', red, red)
+    return said + ', where Pillow has the library'
+
+@kind(S, 'grey of 12 bits in a file of 16')
+def _(d):
+    Image.fromarray(np.linspace(0, 4095, 1600).reshape(40,40).astype(np.uint16)).save(d/'deep.png')
+    load_images(get_dataset(d).train, 32)
+    return 'nearly black'
 
 @kind(S, 'JPEG with other data after its end')
 def _(d):
@@ -325,7 +352,7 @@ def _(d):
 
 @kind(S, 'the same image in train and test')
 def _(d):
-    cls(d/'train', 'a', 'b', n=12); save(d/'test/a/x.png', (0,60,9)); save(d/'test/b/y.png', (7,7,7))
+    cls(d/'train', 'a', 'b', n=12); picture(d/'test/a/x.png', (0,60,9)); picture(d/'test/b/y.png', (7,7,7))
     return '; '.join(check_data(d).findings())
 
 # Labels

@@ -6,20 +6,22 @@
 __all__ = ['DataCheck', 'check_data', 'data_command']
 
 # %% ../../nbs/data/10_check.ipynb #0e1b3c0c
-import argparse, hashlib, io, os, sys, warnings, pandas as pd, torch
+import argparse, hashlib, io, os, warnings, pandas as pd, torch
 from collections import Counter, namedtuple
 from pathlib import Path
 from contextlib import suppress
 from PIL import Image, ImageOps
 from fastcore.basics import patch
-from ..core import InputError
-from ..cli import spell_out
-from .images import decode_image, map_threads, name_some, to_rgb
+from ..cli import as_sentences, spell_out, warnings_as_sentences
+from .images import decode_image, map_threads, name_some, to_rgb, why_unreadable
 from .sources import SOURCES
 from .datasets import data_sets, get_dataset, published
 
 # %% ../../nbs/data/10_check.ipynb #51577da9
-_Look = namedtuple('_Look', 'digest size kind trouble') # size: (width, height); trouble: 'broken', 'missing' or None
+_Look = namedtuple('_Look', 'digest size kind trouble why flat', # size: (width, height)
+                   defaults=('', False))                        # trouble: 'broken', 'missing' or None
+
+def _is_flat(x): return int((x.amax((1,2)).int()-x.amin((1,2)).int()).max())<=16
 
 # %% ../../nbs/data/10_check.ipynb #9066ad9b
 def _digest_pixels(im):
@@ -34,15 +36,16 @@ def _digest_pixels(im):
 def _look(image):
     "What one image is"
     if isinstance(image, torch.Tensor):
-        return _Look(hashlib.sha256(image.numpy().tobytes()).hexdigest(), tuple(image.shape[:0:-1]), 'array', None)
+        return _Look(hashlib.sha256(image.numpy().tobytes()).hexdigest(), tuple(image.shape[:0:-1]), 'array', None,
+                     flat=_is_flat(image))
     if not os.path.exists(image): return _Look(None, None, None, 'missing')
-    if not os.path.isfile(image): return _Look(None, None, None, 'broken') # a pipe, or the like
+    if not os.path.isfile(image): return _Look(None, None, None, 'broken', 'not a file') # a pipe, or the like
     try:
         data = Path(image).read_bytes()
-        decode_image(io.BytesIO(data), 32)
+        flat = _is_flat(decode_image(io.BytesIO(data), 32))
         with Image.open(io.BytesIO(data)) as im: size,kind,digest = im.size,f'{im.format} {im.mode}',_digest_pixels(im)
-    except Exception: return _Look(None, None, None, 'broken')
-    return _Look(digest, size, kind, None)
+    except Exception: return _Look(None, None, None, 'broken', why_unreadable(image))
+    return _Look(digest, size, kind, None, flat=flat)
 
 # %% ../../nbs/data/10_check.ipynb #4a090fc9
 def _look_all(images, progress=None):
@@ -103,6 +106,13 @@ def of(self:DataCheck,
 )->list: # Paths
     "Files that cannot be used"
     return [self.images[split][i] for i,o in enumerate(self.looks[split]) if o.trouble==trouble]
+
+@patch
+def flat(self:DataCheck,
+    split:str, # 'train' or 'test'
+)->list: # Positions
+    "Images that are nearly constant: no channel varies by more than 16 of 255"
+    return [i for i,o in enumerate(self.looks[split]) if o.flat]
 
 # %% ../../nbs/data/10_check.ipynb #598dee42
 @patch
@@ -166,7 +176,8 @@ def _column(self:DataCheck, split):
             'height: likewise': _three([o.size[1] for o in good]),
             'kinds': _some_kinds(good),
             'copies of an earlier image': f'{self.repeats(split):,}',
-            'images that the other split has too': f'{leaked:,}'}
+            'images that the other split has too': f'{leaked:,}',
+            'nearly constant': f'{len(self.flat(split)):,}'}
 
 # %% ../../nbs/data/10_check.ipynb #6d732b2c
 @patch
@@ -195,16 +206,30 @@ def name_groups(self:DataCheck,
     "The first few groups of equal images, as text"
     return '; '.join(sign.join(self._name(*o) for o in g[:3]) for g in groups[:3]) + ('; ...' if len(groups)>3 else '')
 
+# %% ../../nbs/data/10_check.ipynb #50585181
+@patch
+def _reasons(self:DataCheck, split, trouble):
+    "Files that cannot be used, by reason, as text"
+    found = {}
+    for image,look in zip(self.images[split], self.looks[split]):
+        if look.trouble==trouble: found.setdefault(look.why, []).append(self._relative(image))
+    most = sorted(found, key=lambda why: -len(found[why]))
+    if len(most)==1: return name_some(found[most[0]]) + (most[0] and f' ({most[0]})')
+    return '; '.join(f'{len(found[why]):,} {why} ({name_some(found[why])})' for why in most[:9]) + '; ...'*(len(most)>9)
+
 # %% ../../nbs/data/10_check.ipynb #baecfaa7
 @patch
 def _file_findings(self:DataCheck):
-    "Sentences on files that cannot be used"
+    "Sentences on files that cannot be used, and on images that show nothing"
     res = []
     for split in self.images:
         for trouble,says in (('broken','cannot be read'), ('missing','not found')):
             if files := self.of(split, trouble):
                 res.append(f"{_count(files, f'{split} image', f'{split} images')} {says}, left out: "
-                           f"{name_some([self._relative(o) for o in files])}")
+                           f"{self._reasons(split, trouble)}")
+        if flat := self.flat(split):
+            res.append(f"{_count(flat, f'{split} image is', f'{split} images are')} nearly constant, as if blank or of "
+                       f"fewer bits than the file has room for: {name_some([self._name(split, i) for i in flat])}")
     return res
 
 # %% ../../nbs/data/10_check.ipynb #7d5cfc30
@@ -265,11 +290,10 @@ def data_command(
     "The command `fgsynth_data`"
     spell_out()
     a = _parser().parse_args()
-    try:
+    with as_sentences('fgsynth_data'), warnings_as_sentences('fgsynth_data'):
         if a.what=='list': _list_data_sets()
         elif a.what=='download': print(get_dataset(a.name, a.path, download=True))
         else:
-            check = check_data(a.name, a.path, a.small, None if sys.stdout.isatty() else False)
+            check = check_data(a.name, a.path, a.small)
             if a.near: check.notes += near(check, a.near)
             print(check)
-    except InputError as e: sys.exit(f'fgsynth_data: {e}')

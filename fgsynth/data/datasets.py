@@ -10,6 +10,7 @@ import hashlib, inspect, os, tarfile, torch, warnings
 from collections import namedtuple
 from pathlib import Path
 from ..core import InputError, check_name
+from ..cli import without_foreign_bars
 from .items import Items
 from .folders import warn_user
 from .layouts import folder_items
@@ -141,8 +142,12 @@ def _fetch(archive, path):
     from torchvision.datasets.utils import download_url, extract_archive
     folder,digest = path/archive.folder,hashlib.sha256()
     folder.mkdir(parents=True, exist_ok=True)
-    download_url(archive.url, folder)
     file = folder/archive.url.rpartition('/')[2]
+    try:
+        with without_foreign_bars(): download_url(archive.url, folder)
+    except BaseException:
+        file.unlink(missing_ok=True) # or its first half would be taken for the whole
+        raise
     with open(file, 'rb') as f:
         while block := f.read(2**20): digest.update(block)
     if digest.hexdigest()!=archive.sha256:

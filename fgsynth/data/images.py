@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['to_rgb', 'decode_image', 'decode_whole', 'float_images', 'resize_square', 'squash', 'map_threads', 'name_some',
-           'warn_unreadable', 'load_images', 'load_whole']
+           'why_unreadable', 'warn_unreadable', 'warn_if_dark', 'load_images', 'load_whole']
 
 # %% ../../nbs/data/04_images.ipynb #8c063d9c
 import hashlib, os, warnings, numpy as np, torch, torch.nn.functional as F
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from fastcore.basics import defaults, ifnone, patch
-from fastprogress.fastprogress import progress_bar
+from fastcore.basics import defaults, patch
 from filelock import FileLock
 from PIL import Image, ImageOps
 from ..core import InputError
+from ..cli import with_bar
+from .formats import explain_unreadable, image_formats
 
 # %% ../../nbs/data/04_images.ipynb #8066563a
 def _to_bytes(im):
@@ -39,8 +40,6 @@ def to_rgb(
     return im if im.mode=='RGB' else im.convert('RGB')
 
 # %% ../../nbs/data/04_images.ipynb #99bfce14
-_formats = 'JPEG PNG GIF WEBP TIFF BMP PPM'.split()
-
 def _upright(im):
     "Turned as its EXIF block says; a damaged block does not damage the pixels"
     try: return ImageOps.exif_transpose(im)
@@ -51,9 +50,9 @@ def _open_rgb(path, size):
     "An image file, upright and in RGB; a JPEG file at a reduced scale of at least twice `size`"
     if isinstance(path, (str,Path)) and not os.path.isfile(path):
         raise FileNotFoundError(path) # a pipe would be waited for
-    with Image.open(path, formats=_formats) as im:
+    with Image.open(path, formats=image_formats) as im:
         if im.width*im.height > (Image.MAX_IMAGE_PIXELS or float('inf')):
-            raise Image.DecompressionBombError(f"{path} is too large")
+            raise Image.DecompressionBombError(f"{im.width*im.height} pixels")
         im.draft(None, (2*size,2*size)) # JPEG only: decode at a reduced scale
         im.load()
         return to_rgb(_upright(im))
@@ -124,8 +123,7 @@ def map_threads(
     with warnings.catch_warnings(), ThreadPoolExecutor(num_workers or min(16, defaults.cpus)) as pool:
         warnings.simplefilter('ignore')
         results = pool.map(f, xs)
-        if ifnone(progress, len(xs)>=2000): results = progress_bar(results, total=len(xs), leave=False)
-        try: return list(results)
+        try: return list(with_bar(results, len(xs), progress))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -139,14 +137,27 @@ def name_some(
     names = [s if s.isprintable() else repr(s) for s in map(str, xs[:n])]
     return ', '.join(names) + (', ...' if len(xs)>n else '')
 
+# %% ../../nbs/data/04_images.ipynb #358be518
+def why_unreadable(
+    path, # An image file
+)->str: # A few words; nothing, if it can be read after all
+    "Why an image file cannot be read"
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        try: decode_image(path, 32)
+        except Exception as e: return explain_unreadable(path, e)
+    return ''
+
 # %% ../../nbs/data/04_images.ipynb #84beb099
 def warn_unreadable(
     bad, # Files that cannot be read
     n:int, # Of how many
 ):
     "One warning for all files that cannot be read"
-    are = 'is' if len(bad)==1 else 'are'
-    warnings.warn(f"{len(bad):,} of {n:,} images cannot be read and {are} left out: {name_some(bad, 5)}", stacklevel=3)
+    are,reasons = 'is' if len(bad)==1 else 'are',[(f, why_unreadable(f)) for f in bad[:5]]
+    named = ', '.join(name_some([f]) + (why and f' ({why})') for f,why in reasons)
+    warnings.warn(f"{len(bad):,} of {n:,} images cannot be read and {are} left out: {named}{', ...'*(len(bad)>5)}",
+                  stacklevel=3)
 
 # %% ../../nbs/data/04_images.ipynb #1be68cde
 def _decode_into(out, images, num_workers, progress, aspects=None):
@@ -162,8 +173,8 @@ def _decode_into(out, images, num_workers, progress, aspects=None):
     map_threads(decode, range(n), num_workers, progress)
     good = readable.nonzero()[:,0]
     if not len(good):
-        raise InputError(f"None of the {n:,} images can be read (the first is {images[0]}): "
-                         "check that they are image files.")
+        raise InputError(f"None of the {n:,} images can be read (the first is {images[0]}: "
+                         f"{why_unreadable(images[0])}): check that they are image files.")
     for to,i in enumerate(good.tolist()):
         if to!=i: out[to] = out[i]
     return good
@@ -263,6 +274,22 @@ def read_or_fill(self:_Cache, num_workers, progress):
             found = self.read()
     return found
 
+# %% ../../nbs/data/04_images.ipynb #7fe4ae7e
+def warn_if_dark(
+    x:torch.Tensor, # Decoded images, torch.uint8 (N, 3, H, W)
+    name, # Function from a position to what the image there is called
+    n:int=256, # Images to look at
+):
+    "Warn of images that use no more than a quarter of their range, if there are many"
+    looked_at = torch.linspace(0, len(x)-1, min(n, len(x))).long().tolist()
+    brightest = {i:int(x[i].max()) for i in looked_at}
+    dark = [i for i in looked_at if brightest[i]<64]
+    if len(dark)*2<len(looked_at) or not dark: return
+    most,named = max(brightest[i] for i in dark),name_some([name(i) for i in dark])
+    warnings.warn(f"{len(dark):,} of {len(looked_at):,} images looked at are nearly black, none brighter than {most} "
+                  f"of 255 ({named}): if their files have room for more bits than the camera gave, such as 16 for 12, "
+                  f"save them with values that fill it.", stacklevel=3)
+
 # %% ../../nbs/data/04_images.ipynb #0a16b70d
 def _decode_all(images, size, num_workers, progress, cache_dir, whole):
     "Images, their positions and, where they are whole, their aspect ratios; one warning names what cannot be read"
@@ -274,6 +301,7 @@ def _decode_all(images, size, num_workers, progress, cache_dir, whole):
     else: found = _Cache(cache_dir, images, size, whole).read_or_fill(num_workers, progress)
     good = found[1]
     if len(good)<n: warn_unreadable([images[i] for i in sorted(set(range(n))-set(good.tolist()))], n)
+    warn_if_dark(found[0], lambda i: images[int(good[i])])
     return found
 
 def _check_any(images):
@@ -290,8 +318,9 @@ def load_images(
 )->tuple: # torch.uint8 (M, 3, size, size), and the LongTensor (M,) of positions in `images` that could be read
     "Decode and resize images in parallel; unreadable ones are skipped and named in one warning"
     _check_any(images)
-    if isinstance(images, torch.Tensor): return resize_square(images, size),torch.arange(len(images))
-    return _decode_all(images, size, num_workers, progress, cache_dir, False)
+    if not isinstance(images, torch.Tensor): return _decode_all(images, size, num_workers, progress, cache_dir, False)
+    warn_if_dark(images, 'number {}'.format)
+    return resize_square(images, size),torch.arange(len(images))
 
 # %% ../../nbs/data/04_images.ipynb #4ec4e367
 def load_whole(
@@ -304,5 +333,6 @@ def load_whole(
     "`load_images` of whole pictures, squashed to squares"
     _check_any(images)
     if not isinstance(images, torch.Tensor): return _decode_all(images, side, num_workers, progress, cache_dir, True)
+    warn_if_dark(images, 'number {}'.format)
     n,_,h,w = images.shape
     return squash(images, side), torch.arange(n), torch.full((n,), w/h)

@@ -12,7 +12,7 @@ from fastai.vision.all import *
 from ..core import InputError
 from ..distrib import own_device
 from .crops import cut_images, kept_side
-from .images import decode_image, decode_whole, resize_square, squash, warn_unreadable
+from .images import decode_image, decode_whole, resize_square, squash, warn_unreadable, why_unreadable
 from .items import label_fraction
 
 # %% ../../nbs/data/13_loaders.ipynb #ccd97417
@@ -103,7 +103,9 @@ def report(self:ImageDS):
     "Name the unreadable images met since the last report"
     if not len(self) or not self.unreadable.any(): return
     if self.unreadable.all():
-        raise InputError(f"None of the {len(self):,} images can be read: check that they are image files.")
+        first = self.images[int(self.rows[0])]
+        raise InputError(f"None of the {len(self):,} images can be read (the first is {first}: "
+                         f"{why_unreadable(first)}): check that they are image files.")
     new = (self.unreadable & ~self.reported).nonzero()[:,0]
     self.reported |= self.unreadable
     if len(new): warn_unreadable([self.images[i] for i in self.rows[new].tolist()], len(self))

@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from copy import deepcopy
 from torch import Tensor, nn
 from ..core import InputError, check_name
+from ..cli import is_interactive
 from ..files import load_tensors
 
 # %% ../../nbs/nets/00_networks.ipynb #a4e19b22
@@ -168,7 +169,8 @@ def _torchvision(arch, pretrained, size):
     "One of torchvision's networks as an `Encoder`; `pretrained` may be the name of its weights"
     fixed = _fixed_size(arch, size)
     weights = ('DEFAULT' if pretrained is True else pretrained) if pretrained else None
-    try: net = _without_auxiliary(torchvision.models.get_model(arch, weights=weights, **fixed))
+    options = dict(weights=weights, progress=is_interactive(), **fixed)
+    try: net = _without_auxiliary(torchvision.models.get_model(arch, **options))
     except (AssertionError, ValueError) as e:
         if not fixed:
             raise

@@ -12,6 +12,7 @@ from pathlib import Path
 from fastcore.basics import ifnone, patch
 from ..core import InputError
 from ..files import replacing
+from ..data.images import why_unreadable
 
 # %% ../../nbs/own/00_index.ipynb #70f6295b
 def _write_blocks(file, blocks):
@@ -37,7 +38,9 @@ def write_index(
     folder.mkdir(parents=True, exist_ok=True)
     files,norms = _write_blocks(folder/'new.f16', blocks)
     if not files:
-        raise InputError(f"None of the {len(asked):,} images in {root} can be read: check that they are image files.")
+        first = asked[0][0] if asked else '-'
+        raise InputError(f"None of the {len(asked):,} images in {root} can be read (the first is {first}: "
+                         f"{why_unreadable(Path(root)/first)}): check that they are image files.")
     found = {name for name,*_ in files}
     about = dict(root=os.path.abspath(root), encoder=encoder,
                  dim=(folder/'new.f16').stat().st_size//2//len(files), files=files,

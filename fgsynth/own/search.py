@@ -10,12 +10,11 @@ import hashlib, json, os, warnings, torch, torch.nn.functional as F, matplotlib.
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from fastprogress.fastprogress import progress_bar
 from fastai.torch_core import default_device
 from fastcore.basics import ifnone
 from ..core import InputError
-from ..cli import run_command
-from ..data.images import decode_image, load_images, name_some, warn_unreadable
+from ..cli import run_command, with_bar
+from ..data.images import decode_image, load_images, name_some, warn_unreadable, why_unreadable
 from ..data.folders import find_images, is_run
 from ..data.datasets import get_dataset
 from ..nets.encoders import load_encoder
@@ -102,7 +101,7 @@ def _new_blocks(encoder, stats, bs, progress):
     "Features of those images in `stats`, as `_stats` gives it, that can be read"
     names = list(stats)
     starts = range(0, len(names), 1024)
-    for i in progress_bar(starts, leave=False) if ifnone(progress, len(names)>=2000) else starts:
+    for i in with_bar(starts, len(starts), ifnone(progress, len(names)>=2000)):
         some = names[i:i+1024]
         z,good = _encode(encoder, [stats[o][0] for o in some], bs)
         if good: yield [[some[j], *stats[some[j]][1:]] for j in good], F.normalize(z, dim=1), z.norm(dim=1)
@@ -162,7 +161,7 @@ def _similar(index, encoder, query, k):
     "The `k` images that are most similar to the file `query`, as (file, similarity), without itself"
     try: x = decode_image(query, encoder.info['image_size'])
     except Exception:
-        raise InputError(f"The image {str(query)!r} cannot be read: "
+        raise InputError(f"The image {str(query)!r} cannot be read ({why_unreadable(query)}): "
                          f"check the path, and that it is an image file.") from None
     v,j = index.search(features(encoder, x[None]), k+1)
     found = [(index.path(i),s) for s,i in zip(v[0].tolist(), j[0].tolist())]

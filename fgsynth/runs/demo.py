@@ -19,6 +19,7 @@ from ..data.datasets import get_dataset
 from ..data.loaders import labelled_dls
 from ..nets.networks import Encoder
 from ..nets.encoders import create_encoder, save_encoder
+from ..methods.learner import log_epochs
 from ..synth.decoding import needs_pretraining, pretrain_where_needed
 from ..evaluate.measures import evaluate
 from ..evaluate.attention import attention_maps
@@ -54,7 +55,7 @@ def warm_start(
     encoder = create_encoder(arch, size=size)
     dls = labelled_dls(items, size=size, bs=64)
     classifier = nn.Sequential(encoder, nn.Linear(encoder.num_features, 8)).to(dls.device)
-    learn = Learner(dls, classifier, loss_func=CrossEntropyLossFlat())
+    learn = log_epochs(Learner(dls, classifier, loss_func=CrossEntropyLossFlat()))
     learn.recorder.train_metrics,learn.recorder.valid_metrics = True,False
     learn.fit_one_cycle(epochs, lr)
     return encoder.eval()

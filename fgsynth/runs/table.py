@@ -12,7 +12,7 @@ from fastcore.script import store_true
 from fastai.callback.progress import ProgressCallback
 from fastai.basics import *
 from ..core import InputError, check_name
-from ..cli import run_command
+from ..cli import if_interrupted, run_command
 from ..data.items import hold_out
 from ..synth.decoding import needs_pretraining, pretrain_where_needed
 from ..evaluate.measures import evaluate
@@ -285,11 +285,14 @@ def table(
     if seeds<1:
         raise InputError(f"--seeds is {seeds}: give a number from 1 up.")
     split,out,seeds = 'validation' if validation else 'test',Path(out),range(first_seed, first_seed+seeds)
-    if name=='shake': return shake_runs(out.parent/'shake.csv', seeds, preset, data, path)
+    if name=='shake':
+        with if_interrupted('the same command goes on with what is missing'):
+            return shake_runs(out.parent/'shake.csv', seeds, preset, data, path)
     wanted = wanted_runs(name, seeds, preset, data=data, path=path)
     missing = [s for s in wanted if not len(find_runs(read_runs(out), s, split))]
     print(f'{name}: {len(wanted)} runs, {len(missing)} to do')
-    if not dry_run: run_missing(missing, out, split, experiment=name, preset=preset)
+    with if_interrupted(f'the same command goes on with what {out} lacks'):
+        if not dry_run: run_missing(missing, out, split, experiment=name, preset=preset)
     runs = read_runs(out)
     return pd.concat([find_runs(runs, s, split) for s in wanted]).drop_duplicates()
 

@@ -14,7 +14,7 @@ from fastai.basics import *
 from ..core import InputError
 from ..files import locked, read_json, write_csv, write_json
 from ..distrib import failing_together, fastai_distributed, own_device, rank, sum_over_processes, world
-from ..cli import run_command
+from ..cli import if_interrupted, run_command
 from ..data.images import float_images
 from ..data.datasets import data_sets, get_dataset
 from ..data.loaders import ssl_dls
@@ -289,7 +289,8 @@ def train(*,
     kept_encoder(learn, s) # if there is none, before anything is written
     try_fit(learn)
     if first: open_run(out, overwrite, resume)
-    with locked(out) if first else redirect_stdout(io.StringIO()), _processes(learn, s):
+    go_on = if_interrupted(f'the same command with --resume goes on with the run in {out}')
+    with go_on, locked(out) if first else redirect_stdout(io.StringIO()), _processes(learn, s):
         _fit_in_folder(learn, items, s, out, facts, save_every, _newest_state(out) if resume else None)
     learn.run = out
     return learn

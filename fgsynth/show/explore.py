@@ -6,7 +6,7 @@
 __all__ = ['Explorer']
 
 # %% ../../nbs/show/02_explore.ipynb #a8e6c47e
-import html
+import base64, html
 from copy import deepcopy
 from types import SimpleNamespace
 from fastai.basics import *
@@ -229,10 +229,13 @@ def widget(self:Explorer):
     self.refresh()
     return self._layout()
 
+# %% ../../nbs/show/02_explore.ipynb #e9b7e68f
 @patch
-def _ipython_display_(self:Explorer):
-    from IPython.display import display
-    display(self.widget())
+def _repr_mimebundle_(self:Explorer, include=None, exclude=None):
+    "The widget, and a picture for those who show no widgets"
+    shown = self.widget()._repr_mimebundle_()
+    if self.image.value: shown['image/png'] = base64.b64encode(self.image.value).decode()
+    return dict(shown, **{'text/plain':'Explorer: its sliders need a running kernel, so run this cell again.'})
 
 # %% ../../nbs/show/02_explore.ipynb #e5e8a843
 @patch

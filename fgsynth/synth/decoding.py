@@ -15,6 +15,7 @@ from ..distrib import any_process, broadcast, fastai_distributed, gather, world
 from ..data.images import float_images
 from ..methods.base import SSLMethod, batch_stats_only
 from ..methods.health import HealthCallback, grad_scaler
+from ..methods.learner import log_epochs
 from .perturb import Synthesis
 
 # %% ../../nbs/synth/01_decoding.ipynb #c565bbe5
@@ -113,6 +114,7 @@ def pretrain_decoder(self:Learner,
     with _decoder_trainable(net):
         pre = Learner(self.dls, AutoEncoder(net, len(self.dls.items.train)), loss_func=MSELossFlat(), opt_func=Adam,
                       cbs=_pretraining_callbacks(self, cbs), path=self.path, model_dir=self.model_dir)
+        log_epochs(pre)
         pre.recorder.valid_metrics,pre.logger = False,self.logger
         show_progress = self.create_mbar and hasattr(self, 'progress')
         with nullcontext() if show_progress else pre.no_bar(): pre.fit_one_cycle(n_epoch, lr)
