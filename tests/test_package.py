@@ -1,7 +1,7 @@
 "The package: its wheel, its commands, and what importing it asks for"
 import ast, json, os, re, subprocess, sys, sysconfig, zipfile
 from pathlib import Path
-import pytest
+import pytest, yaml
 from repo import cfg, copy_repository, modules, root, scripts
 
 def test_constraints_pin_torch():
@@ -9,6 +9,34 @@ def test_constraints_pin_torch():
     pins = dict(re.findall(r'^(\w+)==(\S+)$', (root/'constraints.txt').read_text(), flags=re.M))
     assert {'torch','torchvision'} <= set(pins)
     assert not any('==' in o for o in cfg['requirements'].split())
+
+def test_versions_of_python_agree(wheel):
+    "settings.ini, the wheel's classifiers and its oldest Python, pyproject.toml, the Makefile and the workflows"
+    versions = cfg['python_versions'].split()
+    minor = [int(o.removeprefix('3.')) for o in versions]
+    assert minor==list(range(10, max(minor)+1)) and '3.13' in versions and cfg['min_python']==versions[0]
+    z = zipfile.ZipFile(wheel)
+    about = z.read(next(o for o in z.namelist() if o.endswith('METADATA'))).decode()
+    assert re.findall(r'^Classifier: Programming Language :: Python :: (3\.\d+)$', about, re.M)==versions
+    oldest = f'>={versions[0]}'
+    assert re.findall(r'^Requires-Python: (.*)$', about, re.M)==[oldest]
+    assert f'requires-python="{oldest}"' in (root/'pyproject.toml').read_text(encoding='utf-8')
+    make = (root/'Makefile').read_text(encoding='utf-8')
+    assert set(re.findall(r'Python (?:>= )?(3\.\d+)', make))=={versions[0]} and f'v >= (3,{minor[0]})' in make
+    jobs = yaml.safe_load((root/'.github/workflows/test.yml').read_text(encoding='utf-8'))['jobs']
+    assert jobs['test']['strategy']['matrix']['python']==versions
+    used = re.findall(r'python-version: "(.*)"', '\n'.join(o.read_text() for o in root.glob('.github/workflows/*.yml')))
+    assert used and set(used)<={*versions, '${{ matrix.python }}'}
+
+def test_the_workflow_runs_fast_tests_on_each_system_that_the_wheel_names(wheel):
+    z = zipfile.ZipFile(wheel)
+    about = z.read(next(o for o in z.namelist() if o.endswith('METADATA'))).decode()
+    jobs = yaml.safe_load((root/'.github/workflows/test.yml').read_text(encoding='utf-8'))['jobs']
+    runners = [jobs['test']['runs-on'], *jobs['systems']['strategy']['matrix']['os']]
+    assert sorted(o.split('-')[0] for o in runners)==['macos','ubuntu','windows']
+    assert set(re.findall(r'^Classifier: Operating System :: (.*)$', about, re.M))=={
+        'POSIX :: Linux', 'MacOS', 'Microsoft :: Windows'}
+    assert '-m "not slow"' in ' '.join(o.get('run', '') for o in jobs['systems']['steps'])
 
 def test_imports_without_nbdev(py):
     "The library itself does not need nbdev"

@@ -11,11 +11,13 @@ import hashlib, os, warnings, numpy as np, torch, torch.nn.functional as F
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from traceback import clear_frames
 from fastcore.basics import defaults, ifnone, patch
 from fastprogress.fastprogress import progress_bar
 from filelock import FileLock
 from PIL import Image, ImageOps
 from ..core import InputError
+from ..files import replace_file
 
 # %% ../../nbs/data/04_images.ipynb #8066563a
 def _to_bytes(im):
@@ -216,12 +218,15 @@ def fill(self:_Cache, num_workers, progress):
     "Decode all images into the file"
     out = self.allocate()
     try: good = _decode_into(out, self.images, num_workers, progress)
-    except BaseException:
+    except BaseException as e:
+        del out
+        clear_frames(e.__traceback__) # Windows deletes no file that is mapped
         self.drop()
         raise
-    os.replace(self.tmp, self.file)
+    del out # nor does it rename one
+    replace_file(self.tmp, self.file)
     with open(self.tmp, 'wb') as f: np.save(f, good.numpy())
-    os.replace(self.tmp, self.index)
+    replace_file(self.tmp, self.index)
 
 # %% ../../nbs/data/04_images.ipynb #d43881c5
 @patch

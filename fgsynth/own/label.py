@@ -9,6 +9,7 @@ __all__ = ['classifiers', 'cross_validate', 'fit_temperature', 'label_run', 'fgs
 import csv, os, warnings, torch, torch.nn.functional as F
 from pathlib import Path
 from ..core import InputError, check_name
+from ..files import name_from
 from ..cli import run_command
 from ..data.images import name_some
 from ..data.folders import read_labels
@@ -78,7 +79,7 @@ def _match(rows, index):
     top = os.path.realpath(index.root)
     pos,lost = {},[]
     for f,(y,_) in rows.items():
-        name = os.path.relpath(os.path.realpath(f), top).replace(os.sep, '/') if os.path.isabs(f) else f
+        name = name_from(top, os.path.realpath(f)) if os.path.isabs(f) else f
         i = at.get(name, same[name][0] if len(same.get(name, []))==1 else None)
         if i is None: lost.append(f)
         elif pos.setdefault(i, y)!=y:
