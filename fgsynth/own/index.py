@@ -25,7 +25,7 @@ def _write_blocks(file, blocks):
             f.write(z.half().numpy().tobytes())
     return files,norms
 
-# %% ../../nbs/own/00_index.ipynb #7624e9f6
+# %% ../../nbs/own/00_index.ipynb #2ef3d912
 def _keep_one(new, file):
     "One of two files with the same content: the old one, if it is whole"
     if file.is_file() and file.stat().st_size==new.stat().st_size: new.unlink()
