@@ -3,22 +3,20 @@ import json, os, subprocess, sys, time
 from pathlib import Path
 import pytest, torch
 from conftest import root
-from forks import forking
 from safetensors.torch import load_file
 
 pytest.importorskip('accelerate')
-pytestmark = pytest.mark.skipif(not hasattr(os, 'fork'), reason='the processes are forked')
 here,exe = root/'tests',Path(sys.executable).parent
 env = os.environ | {'OMP_NUM_THREADS':'1', 'PYTHONWARNINGS':'ignore', 'MPLBACKEND':'agg', 'CUDA_VISIBLE_DEVICES':''}
 
-def finished(r, ok):
+def finished(r, ok=True):
     if ok: assert r.returncode==0, r.stdout[-2000:] + r.stderr[-5000:]
     return r
 
-@pytest.fixture(scope='module')
-def launch():
-    "Run a script in so many processes, which are forked from one that has imported everything"
-    with forking(env) as run: yield lambda n, *args, ok=True: finished(run(*args, n=n), ok)
+@pytest.fixture
+def launch(forked):
+    "Run a script in so many processes"
+    return lambda n, *args, ok=True: finished(forked(*args, n=n), ok)
 
 def launch_afresh(by, n, *args, ok=True):
     "Run a script in so many processes by the command of a launcher"
@@ -29,29 +27,29 @@ def launch_afresh(by, n, *args, ok=True):
     how = dict(env=env, text=True, capture_output=True, timeout=300, stdin=subprocess.DEVNULL)
     return finished(subprocess.run(command, **how), ok)
 
-def by_ranks(launch, what, n, folder):
+def by_ranks(forked, what, n, folder):
     "What a function of ranks.py has written in so many processes"
-    launch(n, here/'ranks.py', what, folder/f'{what}{n}.pt')
+    finished(forked(here/'ranks.py', what, folder/f'{what}{n}.pt', n=n))
     return torch.load(folder/f'{what}{n}.pt')
 
 @pytest.fixture(scope='module')
-def alone(launch, tmp_path_factory):
+def alone(forked, tmp_path_factory):
     folder = tmp_path_factory.mktemp('alone')
-    return {what:by_ranks(launch, what, 1, folder) for what in ('alike','measures')}
+    return {what:by_ranks(forked, what, 1, folder) for what in ('alike','measures')}
 
 @pytest.mark.parametrize('n', [2, 3])
-def test_like_one_process(launch, alone, n, tmp_path):
+def test_like_one_process(forked, alone, n, tmp_path):
     "Three steps of three methods with pairs: weights, queue and loss terms are those of one process on all images"
-    got,one = by_ranks(launch, 'alike', n, tmp_path),alone['alike']
+    got,one = by_ranks(forked, 'alike', n, tmp_path),alone['alike']
     assert got.keys()==one.keys() and len(got)>90
     for k in one: # a decoder with an Adam of its own makes much of small differences
         atol = 1e-5 if 'defaults.decoder' in k else 1e-6
         torch.testing.assert_close(got[k].double(), one[k].double(), rtol=1e-5, atol=atol, msg=lambda m: f'{k}: {m}')
 
 @pytest.mark.parametrize('n', [2, 3])
-def test_measures_of_shares(launch, alone, n, tmp_path):
+def test_measures_of_shares(forked, alone, n, tmp_path):
     "Images and queries shared out: every measure is that of one process"
-    got,one = by_ranks(launch, 'measures', n, tmp_path),alone['measures']
+    got,one = by_ranks(forked, 'measures', n, tmp_path),alone['measures']
     assert got.keys()==one.keys() and one['files'].shape[0]==22
     for k in one: torch.testing.assert_close(got[k], one[k], rtol=1e-6, atol=1e-6, msg=lambda m: f'{k}: {m}')
 

@@ -48,12 +48,12 @@ def test_version_agrees():
     assert f'__version__ = "{cfg["version"]}"' in (root/'fgsynth'/'__init__.py').read_text()
 
 @pytest.mark.parametrize('script', scripts)
-def test_help(py, script):
+def test_help(forked, script):
     "Every command answers --help, in words"
     exe = Path(sys.executable).parent/script
     assert exe.exists(), f'{script} is not installed: run `make install`'
-    out = py(exe, '--help').stdout
-    assert 'usage' in out.lower() and len(out) > 100
+    said = forked(exe, '--help')
+    assert said.returncode==0 and 'usage' in said.stdout.lower() and len(said.stdout) > 100
 
 @pytest.fixture(scope='module')
 def wheel(tmp_path_factory):
@@ -97,6 +97,20 @@ print(fgsynth.__file__, len(learn.recorder.losses))"""
     assert out.returncode==0, out.stderr[-3000:]
     file,steps = out.stdout.split()[-2:]
     assert file.startswith(str(env)) and steps=='2'
+
+def test_together_counts_tests_and_notebooks(tmp_path):
+    "What `make test` runs: the first tool's dots, the second one's list, and one closing line whatever happened"
+    def say(text, code=0):
+        f = tmp_path/f'{len(list(tmp_path.iterdir()))}.py'
+        f.write_text(f'import sys; print({text!r}); sys.exit({code})', encoding='utf-8')
+        return f'{sys.executable} {f.as_posix()}'
+    good,bad = say('..\n3 passed, 0 failed'),say('.F\n3 passed, 2 failed', 1)
+    notebooks = say('Success.\n00_core.ipynb: 3 secs\nindex.ipynb: 12 secs')
+    broken,crashed = say('====\n\t00_core.ipynb\n\tindex.ipynb', 1),say('', 3)
+    for one,two,closing,code in ((good, notebooks, '5 passed, 0 failed', 0), (bad, notebooks, '5 passed, 2 failed', 1),
+                                 (good, broken, '3 passed, 2 failed', 1), (good, crashed, '3 passed, 1 failed', 1)):
+        r = subprocess.run([sys.executable, root/'tools/together.py', one, two], capture_output=True, text=True)
+        assert (r.stdout.splitlines()[-1], r.returncode)==(closing, code), r.stdout
 
 def test_survivors_have_reasons():
     "Of each change to a module that no test noticed it is said why, and of no other"
