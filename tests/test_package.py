@@ -32,7 +32,7 @@ def test_the_workflow_runs_fast_tests_on_each_system_that_the_wheel_names(wheel)
     z = zipfile.ZipFile(wheel)
     about = z.read(next(o for o in z.namelist() if o.endswith('METADATA'))).decode()
     jobs = yaml.safe_load((root/'.github/workflows/test.yml').read_text(encoding='utf-8'))['jobs']
-    runners = [jobs['test']['runs-on'], *jobs['systems']['strategy']['matrix']['os']]
+    runners = [jobs['test']['runs-on'], *[o['os'] for o in jobs['systems']['strategy']['matrix']['include']]]
     assert sorted(o.split('-')[0] for o in runners)==['macos','ubuntu','windows']
     assert set(re.findall(r'^Classifier: Operating System :: (.*)$', about, re.M))=={
         'POSIX :: Linux', 'MacOS', 'Microsoft :: Windows'}
