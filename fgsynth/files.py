@@ -42,7 +42,8 @@ def replace_file(
     for i in range(1, tries+1):
         try: return os.replace(new, path)
         except PermissionError:
-            if i==tries or sys.platform!='win32': raise
+            if i==tries or sys.platform!='win32':
+                raise
             time.sleep(.1)
 
 # %% ../nbs/01_files.ipynb #97cccd06

@@ -39,7 +39,8 @@ def forked():
 # They train runs, start processes or open browsers. They come first, so that no worker is left with one of them at the
 # end; those with a long common preparation before the others, so that it is not made twice
 slow = ('test_resume test_distrib test_docs test_package test_browser test_cli test_runs test_own test_hostile '
-        'test_table test_neighbours test_learner test_methods test_synth test_synthesizer test_evaluate test_show').split()
+        'test_table test_neighbours test_learner test_methods test_synth test_synthesizer test_evaluate '
+        'test_show').split()
 
 def pytest_configure(config): config.addinivalue_line('markers', 'slow: what takes long, or what only Linux has')
 

@@ -23,6 +23,15 @@ _leftovers = '.lock','.lock.pid','settings.json.tmp' # of a run that ended befor
 
 def _holds_something(folder): return folder.is_dir() and any(o.name not in _leftovers for o in folder.iterdir())
 
+def _empty(out):
+    "Delete all that is in a folder but its lock"
+    for o in out.iterdir():
+        if o.name.startswith('.lock'): continue
+        try: shutil.rmtree(o) if o.is_dir() and not o.is_symlink() else o.unlink()
+        except OSError as e:
+            raise InputError(f"{str(o)!r} cannot be deleted ({e.strerror}): close what uses it, "
+                             f"or choose another --out.") from None
+
 # %% ../../nbs/runs/01_report.ipynb #e6de0370
 def check_run_folder(
     out, # Folder that a run is to be written to
@@ -42,16 +51,6 @@ def check_run_folder(
         raise InputError(f"The folder {str(out)!r} already holds another run: choose another --out, "
                          f"or add --overwrite to replace it, or --resume to go on with it.")
     with locked(out): return out # unless another process is writing to it
-
-# %% ../../nbs/runs/01_report.ipynb #4bfa83b1
-def _empty(out):
-    "Delete all that is in a folder but its lock"
-    for o in out.iterdir():
-        if o.name.startswith('.lock'): continue
-        try: shutil.rmtree(o) if o.is_dir() and not o.is_symlink() else o.unlink()
-        except OSError as e:
-            raise InputError(f"{str(o)!r} cannot be deleted ({e.strerror}): close what uses it, "
-                             f"or choose another --out.") from None
 
 # %% ../../nbs/runs/01_report.ipynb #1e9235c8
 def open_run(
