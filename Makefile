@@ -25,15 +25,15 @@ $(READY): settings.ini setup.py constraints.txt
 demo: $(READY)  ## the main job on drawn finches: a table, and pictures and report.html in runs/demo
 	$(BIN)/fgsynth_demo --out runs/demo --overwrite
 
-# Two tools run side by side in as many processes as there are cores, four at most; each process keeps to its own core
+# pytest and nbdev_test run at the same time, each in as many processes as there are cores, four at most; each process
+# keeps to one core
 WORKERS := $(shell n=$$(nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2); [ $$n -lt 4 ] && echo $$n || echo 4)
 QUIETLY := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 PYTHONWARNINGS=ignore MPLBACKEND=agg
 
 test: $(READY)  ## run every notebook (nbdev_test) and tests/ (pytest); ends with "N passed, N failed"
-	@failed=0; \
-	$(QUIETLY) $(BIN)/nbdev_test --n_workers $(WORKERS) --timing || failed=1; \
-	$(QUIETLY) $(BIN)/python -m pytest tests -n $(WORKERS) --dist worksteal -q -rs || failed=1; \
-	exit $$failed
+	@$(QUIETLY) $(BIN)/python tools/together.py \
+	  "$(BIN)/python -m pytest tests -n $(WORKERS) --dist worksteal -q -rs" \
+	  "$(BIN)/nbdev_test --n_workers $(WORKERS) --timing"
 
 coverage: $(READY)  ## how many lines of the modules tests/ runs
 	@$(QUIETLY) $(BIN)/python -m pytest tests -n $(WORKERS) --dist worksteal -q --cov --cov-report=term:skip-covered

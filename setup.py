@@ -8,17 +8,15 @@ config.read('settings.ini', encoding='utf-8')
 cfg = config['DEFAULT']
 
 cfg_keys = 'version description keywords author author_email'.split()
-expected = cfg_keys + 'lib_name user branch license status min_python audience language'.split()
+expected = cfg_keys + 'lib_name user branch license status min_python python_versions audience language'.split()
 for o in expected: assert o in cfg, f'missing expected setting: {o}'
 setup_cfg = {o:cfg[o] for o in cfg_keys}
 
 licenses = {'apache2': ('Apache-2.0', 'OSI Approved :: Apache Software License')}
 statuses = ['1 - Planning', '2 - Pre-Alpha', '3 - Alpha', '4 - Beta', '5 - Production/Stable', '6 - Mature',
             '7 - Inactive']
-py_versions = '3.10 3.11 3.12'.split()
 
 lic = licenses[cfg['license'].lower()]
-min_python = cfg['min_python']
 project_urls = {'Documentation': cfg['doc_host'] + cfg.get('doc_baseurl', ''), 'Source': cfg['git_url']}
 
 # PyPI shows the README outside the repository, so its relative links and pictures get absolute addresses there
@@ -40,7 +38,8 @@ setuptools.setup(
         'Intended Audience :: ' + cfg['audience'].title(),
         'Natural Language :: ' + cfg['language'].title(),
         'License :: ' + lic[1],
-        *['Programming Language :: Python :: '+o for o in py_versions[py_versions.index(min_python):]],
+        *['Programming Language :: Python :: '+o for o in cfg['python_versions'].split()],
+        *['Operating System :: '+o for o in ('POSIX :: Linux', 'MacOS', 'Microsoft :: Windows')],
     ],
     url = cfg['git_url'],
     project_urls = project_urls,
@@ -49,7 +48,7 @@ setuptools.setup(
     package_data = {cfg['lib_name']: ['presets/*.toml']},
     install_requires = shlex.split(cfg.get('requirements', '')),
     extras_require = extras | {'dev': sum(extras.values(), [])}, # developers test them all
-    python_requires = '>=' + min_python,
+    python_requires = '>=' + cfg['min_python'],
     long_description = readme,
     long_description_content_type = 'text/markdown',
     zip_safe = False,

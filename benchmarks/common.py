@@ -39,5 +39,5 @@ def save(name, question, rows, **info):
     head = dict(question=question, machine=machine_name(), cores=torch.get_num_threads(), commit=code_commit(),
                 python=platform.python_version(), **versions,
                 command=' '.join([Path(sys.argv[0]).name, *sys.argv[1:]]), **info)
-    out.write_text(json.dumps(dict(head, rows=rows), indent=1)+'\n')
+    out.write_text(json.dumps(dict(head, rows=rows), indent=1)+'\n', encoding='utf-8')
     print(f'wrote {out.relative_to(root)}\n')

@@ -28,6 +28,28 @@ def py():
         return r
     return _f
 
+@pytest.fixture(scope='session')
+def forked():
+    "Run a script, or that of a command, in children of a process that has imported everything (see `forks.py`)"
+    if not hasattr(os, 'fork'): pytest.skip('processes are not forked here')
+    from forks import forking
+    alone = {'OMP_NUM_THREADS':'1', 'PYTHONWARNINGS':'ignore', 'MPLBACKEND':'agg', 'CUDA_VISIBLE_DEVICES':''}
+    with forking(os.environ | alone) as run: yield run
+
+# They train runs, start processes or open browsers. They come first, so that no worker is left with one of them at the
+# end; those with a long common preparation before the others, so that it is not made twice
+slow = ('test_resume test_distrib test_docs test_package test_browser test_cli test_runs test_own test_hostile '
+        'test_table test_neighbours test_learner test_methods test_synth test_synthesizer test_evaluate '
+        'test_show').split()
+
+def pytest_configure(config): config.addinivalue_line('markers', 'slow: what takes long, or what only Linux has')
+
+def pytest_collection_modifyitems(items):
+    order = {name:i for i,name in enumerate(slow)}
+    items.sort(key=lambda o: order.get(o.path.stem, len(slow)))
+    for o in items:
+        if o.path.stem in order: o.add_marker('slow')
+
 @pytest.hookimpl(trylast=True)
 def pytest_unconfigure(config):
     "The closing line that `make test` promises"

@@ -9,43 +9,51 @@ pytest.importorskip('accelerate')
 here,exe = root/'tests',Path(sys.executable).parent
 env = os.environ | {'OMP_NUM_THREADS':'1', 'PYTHONWARNINGS':'ignore', 'MPLBACKEND':'agg', 'CUDA_VISIBLE_DEVICES':''}
 
-def launch(n, *args, ok=True, by='torchrun', **kw):
-    "Run a script in so many processes"
-    how = ['-m','torch.distributed.run','--standalone','--nproc_per_node',n] if by=='torchrun' else \
-        ['-m','accelerate.commands.accelerate_cli','launch','--multi_gpu','--num_processes',n,'--num_machines',1,
-         '--mixed_precision','no','--dynamo_backend','no','--main_process_port',0] # as many without a GPU, too
-    command = [str(o) for o in (sys.executable, *(how if n>1 else ()), *args)]
-    r = subprocess.run(command, env=env, text=True, capture_output=True, timeout=300, stdin=subprocess.DEVNULL, **kw)
+def finished(r, ok=True):
     if ok: assert r.returncode==0, r.stdout[-2000:] + r.stderr[-5000:]
     return r
 
-def by_ranks(what, n, folder):
+@pytest.fixture
+def launch(forked):
+    "Run a script in so many processes"
+    return lambda n, *args, ok=True: finished(forked(*args, n=n), ok)
+
+def launch_afresh(by, n, *args, ok=True):
+    "Run a script in so many processes by the command of a launcher"
+    how = ['-m','torch.distributed.run','--standalone','--nproc_per_node',n] if by=='torchrun' else \
+        ['-m','accelerate.commands.accelerate_cli','launch','--multi_gpu','--num_processes',n,'--num_machines',1,
+         '--mixed_precision','no','--dynamo_backend','no','--main_process_port',0] # as many without a GPU, too
+    command = [str(o) for o in (sys.executable, *how, *args)]
+    how = dict(env=env, text=True, capture_output=True, timeout=300, stdin=subprocess.DEVNULL)
+    return finished(subprocess.run(command, **how), ok)
+
+def by_ranks(forked, what, n, folder):
     "What a function of ranks.py has written in so many processes"
-    launch(n, here/'ranks.py', what, folder/f'{what}{n}.pt')
+    finished(forked(here/'ranks.py', what, folder/f'{what}{n}.pt', n=n))
     return torch.load(folder/f'{what}{n}.pt')
 
 @pytest.fixture(scope='module')
-def alone(tmp_path_factory):
+def alone(forked, tmp_path_factory):
     folder = tmp_path_factory.mktemp('alone')
-    return {what:by_ranks(what, 1, folder) for what in ('alike','measures')}
+    return {what:by_ranks(forked, what, 1, folder) for what in ('alike','measures')}
 
 @pytest.mark.parametrize('n', [2, 3])
-def test_like_one_process(alone, n, tmp_path):
+def test_like_one_process(forked, alone, n, tmp_path):
     "Three steps of three methods with pairs: weights, queue and loss terms are those of one process on all images"
-    got,one = by_ranks('alike', n, tmp_path),alone['alike']
+    got,one = by_ranks(forked, 'alike', n, tmp_path),alone['alike']
     assert got.keys()==one.keys() and len(got)>90
     for k in one: # a decoder with an Adam of its own makes much of small differences
         atol = 1e-5 if 'defaults.decoder' in k else 1e-6
         torch.testing.assert_close(got[k].double(), one[k].double(), rtol=1e-5, atol=atol, msg=lambda m: f'{k}: {m}')
 
 @pytest.mark.parametrize('n', [2, 3])
-def test_measures_of_shares(alone, n, tmp_path):
+def test_measures_of_shares(forked, alone, n, tmp_path):
     "Images and queries shared out: every measure is that of one process"
-    got,one = by_ranks('measures', n, tmp_path),alone['measures']
+    got,one = by_ranks(forked, 'measures', n, tmp_path),alone['measures']
     assert got.keys()==one.keys() and one['files'].shape[0]==22
     for k in one: torch.testing.assert_close(got[k], one[k], rtol=1e-6, atol=1e-6, msg=lambda m: f'{k}: {m}')
 
-def test_every_method(n=3):
+def test_every_method(launch, n=3):
     "Random views, noise, batch norm, uneven data: memory and weights are the same everywhere, random numbers are not"
     said = launch(n, here/'ranks.py', 'everything').stdout
     names = [l.split()[0] for l in said.splitlines() if '{' in l]
@@ -70,18 +78,18 @@ def photos(tmp_path_factory):
         Image.fromarray(b.image.permute(1,2,0).numpy()).save(top/f'{i}.png')
     return top
 
-def train(n, photos, out, *args, **kw):
-    return launch(n, exe/'fgsynth_train', '--data', photos, *small, '--out', out, *args, **kw)
+def training(photos, out, *args): return exe/'fgsynth_train', '--data', photos, *small, '--out', out, *args
 
 @pytest.mark.parametrize('by', ['torchrun','accelerate'])
 def test_command(by, photos, tmp_path):
     "One run, written once"
-    said = train(2, photos, tmp_path/'run', '--epochs', 2, by=by).stdout
+    command = training(photos, tmp_path/'run', '--epochs', 2)
+    said = launch_afresh(by, 2, *command).stdout
     s = json.loads((tmp_path/'run/settings.json').read_text())
     assert said.count('Wrote')==1 and s['images']==50 and 'seconds' in s and (tmp_path/'run/report.html').exists()
     state = torch.load(sorted((tmp_path/'run/checkpoints').glob('*.pt'))[-1], weights_only=True)
     assert int(state['model']['bank.count'])%16==0 and state['world']==2
-    r = train(2, photos, tmp_path/'run', '--epochs', 2, ok=False, by=by)
+    r = launch_afresh(by, 2, *command, ok=False)
     assert r.returncode and 'already holds another run' in r.stderr
 
 def dying(folder, when):
@@ -93,7 +101,7 @@ def dying(folder, when):
         "training.fit_run = lambda l,s,cbs=None: f(l, s, L(cbs)+L(Die()))\ntraining.fgsynth_train()")
 
 @pytest.mark.parametrize('first,then', [(2,1), (1,2)])
-def test_resume_with_another_number(first, then, photos, tmp_path):
+def test_resume_with_another_number(launch, first, then, photos, tmp_path):
     "A run that was killed in the middle of an epoch is taken up by more processes or fewer"
     out = tmp_path/'run'
     dying(tmp_path, 'if self.train_iter==3: raise SystemExit(3)')
@@ -107,7 +115,7 @@ def test_resume_with_another_number(first, then, photos, tmp_path):
     assert 'Going on with the training' in said and 'seconds' in json.loads((out/'settings.json').read_text())
     assert all(v.isfinite().all() for v in load_file(out/'encoder.safetensors').values() if v.is_floating_point())
 
-def test_a_process_that_dies(photos, tmp_path):
+def test_a_process_that_dies(launch, photos, tmp_path):
     "The others do not wait for it, and a minute later all is over"
     died = tmp_path/'died'
     dying(tmp_path, "if self.train_iter==2 and rank_distrib()==1: "
@@ -116,7 +124,7 @@ def test_a_process_that_dies(photos, tmp_path):
     assert r.returncode and 'SIGKILL' in r.stderr and time.time()-died.stat().st_mtime<60
 
 @pytest.mark.parametrize('which', [0, 1])
-def test_a_process_with_an_error_of_its_own(which, photos, tmp_path):
+def test_a_process_with_an_error_of_its_own(launch, which, photos, tmp_path):
     "The others do not wait for it; with a message for its user"
     died = tmp_path/'died'
     dying(tmp_path, f"if self.train_iter==2 and rank_distrib()=={which}: "
@@ -124,7 +132,7 @@ def test_a_process_with_an_error_of_its_own(which, photos, tmp_path):
     r = launch(2, tmp_path/'die.py', '--data', photos, *small, '--epochs', 200, '--out', tmp_path/'run', ok=False)
     assert r.returncode and 'fgsynth_train: too bad' in r.stderr and time.time()-died.stat().st_mtime<60
 
-def test_a_process_that_dies_at_the_end(photos, tmp_path):
+def test_a_process_that_dies_at_the_end(launch, photos, tmp_path):
     "All files of a training and of its measurement are written by then"
     (tmp_path/'late.py').write_text("import os, sys, time; from fastai.torch_core import rank_distrib\n"
         "from fgsynth.runs import measure, train as training; from fgsynth.runs.report import write_report\n"
@@ -142,7 +150,7 @@ def test_a_process_that_dies_at_the_end(photos, tmp_path):
     r = launch(2, tmp_path/'late.py', 'fgsynth_eval', out, ok=False)
     assert r.returncode and 'exitcode' in r.stderr and 'linear probe' in (out/'report.html').read_text().lower()
 
-def test_share_smaller_than_a_batch(photos, tmp_path):
+def test_share_smaller_than_a_batch(launch, photos, tmp_path):
     "Refused before anything is computed, in each process"
-    r = train(2, photos, tmp_path/'run', '--bs', 32, ok=False)
+    r = launch(2, *training(photos, tmp_path/'run', '--bs', 32), ok=False)
     assert r.returncode and 'There are 50 training images but a batch needs 32 in each of 2 processes' in r.stderr

@@ -1,7 +1,7 @@
 "The package: its wheel, its commands, and what importing it asks for"
 import ast, json, os, re, subprocess, sys, sysconfig, zipfile
 from pathlib import Path
-import pytest
+import pytest, yaml
 from repo import cfg, copy_repository, modules, root, scripts
 
 def test_constraints_pin_torch():
@@ -9,6 +9,34 @@ def test_constraints_pin_torch():
     pins = dict(re.findall(r'^(\w+)==(\S+)$', (root/'constraints.txt').read_text(), flags=re.M))
     assert {'torch','torchvision'} <= set(pins)
     assert not any('==' in o for o in cfg['requirements'].split())
+
+def test_versions_of_python_agree(wheel):
+    "settings.ini, the wheel's classifiers and its oldest Python, pyproject.toml, the Makefile and the workflows"
+    versions = cfg['python_versions'].split()
+    minor = [int(o.removeprefix('3.')) for o in versions]
+    assert minor==list(range(10, max(minor)+1)) and '3.13' in versions and cfg['min_python']==versions[0]
+    z = zipfile.ZipFile(wheel)
+    about = z.read(next(o for o in z.namelist() if o.endswith('METADATA'))).decode()
+    assert re.findall(r'^Classifier: Programming Language :: Python :: (3\.\d+)$', about, re.M)==versions
+    oldest = f'>={versions[0]}'
+    assert re.findall(r'^Requires-Python: (.*)$', about, re.M)==[oldest]
+    assert f'requires-python="{oldest}"' in (root/'pyproject.toml').read_text(encoding='utf-8')
+    make = (root/'Makefile').read_text(encoding='utf-8')
+    assert set(re.findall(r'Python (?:>= )?(3\.\d+)', make))=={versions[0]} and f'v >= (3,{minor[0]})' in make
+    jobs = yaml.safe_load((root/'.github/workflows/test.yml').read_text(encoding='utf-8'))['jobs']
+    assert jobs['test']['strategy']['matrix']['python']==versions
+    used = re.findall(r'python-version: "(.*)"', '\n'.join(o.read_text() for o in root.glob('.github/workflows/*.yml')))
+    assert used and set(used)<={*versions, '${{ matrix.python }}'}
+
+def test_the_workflow_runs_fast_tests_on_each_system_that_the_wheel_names(wheel):
+    z = zipfile.ZipFile(wheel)
+    about = z.read(next(o for o in z.namelist() if o.endswith('METADATA'))).decode()
+    jobs = yaml.safe_load((root/'.github/workflows/test.yml').read_text(encoding='utf-8'))['jobs']
+    runners = [jobs['test']['runs-on'], *[o['os'] for o in jobs['systems']['strategy']['matrix']['include']]]
+    assert sorted(o.split('-')[0] for o in runners)==['macos','ubuntu','windows']
+    assert set(re.findall(r'^Classifier: Operating System :: (.*)$', about, re.M))=={
+        'POSIX :: Linux', 'MacOS', 'Microsoft :: Windows'}
+    assert '-m "not slow"' in ' '.join(o.get('run', '') for o in jobs['systems']['steps'])
 
 def test_imports_without_nbdev(py):
     "The library itself does not need nbdev"
@@ -20,12 +48,12 @@ def test_version_agrees():
     assert f'__version__ = "{cfg["version"]}"' in (root/'fgsynth'/'__init__.py').read_text()
 
 @pytest.mark.parametrize('script', scripts)
-def test_help(py, script):
+def test_help(forked, script):
     "Every command answers --help, in words"
     exe = Path(sys.executable).parent/script
     assert exe.exists(), f'{script} is not installed: run `make install`'
-    out = py(exe, '--help').stdout
-    assert 'usage' in out.lower() and len(out) > 100
+    said = forked(exe, '--help')
+    assert said.returncode==0 and 'usage' in said.stdout.lower() and len(said.stdout) > 100
 
 @pytest.fixture(scope='module')
 def wheel(tmp_path_factory):
@@ -69,6 +97,20 @@ print(fgsynth.__file__, len(learn.recorder.losses))"""
     assert out.returncode==0, out.stderr[-3000:]
     file,steps = out.stdout.split()[-2:]
     assert file.startswith(str(env)) and steps=='2'
+
+def test_together_counts_tests_and_notebooks(tmp_path):
+    "What `make test` runs: the first tool's dots, the second one's list, and one closing line whatever happened"
+    def say(text, code=0):
+        f = tmp_path/f'{len(list(tmp_path.iterdir()))}.py'
+        f.write_text(f'import sys; print({text!r}); sys.exit({code})', encoding='utf-8')
+        return f'{sys.executable} {f.as_posix()}'
+    good,bad = say('..\n3 passed, 0 failed'),say('.F\n3 passed, 2 failed', 1)
+    notebooks = say('Success.\n00_core.ipynb: 3 secs\nindex.ipynb: 12 secs')
+    broken,crashed = say('====\n\t00_core.ipynb\n\tindex.ipynb', 1),say('', 3)
+    for one,two,closing,code in ((good, notebooks, '5 passed, 0 failed', 0), (bad, notebooks, '5 passed, 2 failed', 1),
+                                 (good, broken, '3 passed, 2 failed', 1), (good, crashed, '3 passed, 1 failed', 1)):
+        r = subprocess.run([sys.executable, root/'tools/together.py', one, two], capture_output=True, text=True)
+        assert (r.stdout.splitlines()[-1], r.returncode)==(closing, code), r.stdout
 
 def test_survivors_have_reasons():
     "Of each change to a module that no test noticed it is said why, and of no other"

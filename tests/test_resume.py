@@ -1,5 +1,5 @@
 "What is left after a training was killed, at any moment: all of it"
-import os, subprocess, sys, warnings
+import os, warnings
 from contextlib import suppress
 import pytest, torch
 from conftest import call, root
@@ -26,12 +26,10 @@ from safetensors.torch import load_file
 import killed
 
 @pytest.fixture(scope='module')
-def folders(tmp_path_factory):
+def folders(forked, tmp_path_factory):
     "The run that was never interrupted, and the one that was killed 20 times"
     top = tmp_path_factory.mktemp('killed')
-    alone = os.environ | {'OMP_NUM_THREADS':'1', 'MPLBACKEND':'agg'}
-    r = subprocess.run([sys.executable, '-W', 'ignore', root/'tests/killed.py', top], env=alone,
-                       text=True, capture_output=True, stdin=subprocess.DEVNULL)
+    r = forked(root/'tests/killed.py', top)
     assert r.returncode==0, r.stdout + r.stderr
     return top/'whole', top/'killed', r.stdout
 

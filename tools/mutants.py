@@ -104,7 +104,7 @@ def main():
     for m in a.modules or judges:
         found = list(mutants(m)); random.Random(0).shuffle(found)
         out = root/f'results/mutants/{m}.json'; out.parent.mkdir(parents=True, exist_ok=True)
-        before = json.loads(out.read_text()) if out.exists() else {}
+        before = json.loads(out.read_text(encoding='utf-8')) if out.exists() else {}
         res = {k:before.get(k) for k,_ in found}
         src,limits = source(m),{}
         for j in judges[m]:
@@ -116,7 +116,8 @@ def main():
         new = [o for o in found if res[o[0]] is None]
         jobs = again + (new if a.sample is None else new[:max(0, a.sample-len(found)+len(new))])
         print(f'{m}: {len(found)} mutants, {len(jobs)} to try', flush=True)
-        def keep(): out.write_text(json.dumps(res, indent=1, sort_keys=True)+'\n') # null: not tried
+        def keep(): # null: not tried
+            out.write_text(json.dumps(res, indent=1, sort_keys=True)+'\n', encoding='utf-8')
         keep()
         for i,(k,v) in enumerate(verdicts(m, jobs, limits, a.workers), 1):
             res[k] = v; keep()

@@ -12,6 +12,7 @@ from pathlib import Path
 from contextlib import suppress
 from PIL import Image, ImageOps
 from fastcore.basics import patch
+from ..files import common_folder, name_from
 from ..cli import as_sentences, spell_out, warnings_as_sentences
 from .images import decode_image, map_threads, name_some, to_rgb, why_unreadable
 from .sources import SOURCES
@@ -64,8 +65,8 @@ def _equal_groups(looks):
 # %% ../../nbs/data/10_check.ipynb #c425f961
 def _common_folder(images):
     "The folder that all files have in common"
-    folders = [os.path.dirname(str(f)) for x in images if not isinstance(x, torch.Tensor) for f in x]
-    return os.path.commonpath(folders) if folders else ''
+    files = [f for x in images if not isinstance(x, torch.Tensor) for f in x]
+    return common_folder(files) if files else ''
 
 # %% ../../nbs/data/10_check.ipynb #72e5f652
 class DataCheck:
@@ -190,7 +191,7 @@ def _count(xs, what, plural='images'): return f'{len(xs):,} {what if len(xs)==1 
 
 # %% ../../nbs/data/10_check.ipynb #bc427434
 @patch
-def _relative(self:DataCheck, file): return os.path.relpath(file, self.folder)
+def _relative(self:DataCheck, file): return name_from(self.folder, file)
 
 @patch
 def _name(self:DataCheck, split, i):

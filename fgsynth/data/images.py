@@ -11,10 +11,12 @@ import hashlib, os, warnings, numpy as np, torch, torch.nn.functional as F
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from traceback import clear_frames
 from fastcore.basics import defaults, patch
 from filelock import FileLock
 from PIL import Image, ImageOps
 from ..core import InputError
+from ..files import replace_file
 from ..cli import with_bar
 from .formats import explain_unreadable, image_formats
 
@@ -255,13 +257,16 @@ def fill(self:_Cache, num_workers, progress):
     out = self.allocate()
     aspects = torch.ones(len(self.images), dtype=torch.float64) if self.whole else None
     try: good = _decode_into(out, self.images, num_workers, progress, aspects)
-    except BaseException:
+    except BaseException as e:
+        del out
+        clear_frames(e.__traceback__) # Windows deletes no file that is mapped
         self.drop()
         raise
-    os.replace(self.tmp, self.file)
+    del out # nor does it rename one
+    replace_file(self.tmp, self.file)
     index = torch.stack([good.double(), aspects[good]]) if self.whole else good
     with open(self.tmp, 'wb') as f: np.save(f, index.numpy())
-    os.replace(self.tmp, self.index)
+    replace_file(self.tmp, self.index)
 
 # %% ../../nbs/data/04_images.ipynb #d43881c5
 @patch

@@ -179,7 +179,7 @@ def read_aircraft(
     names = {'variant':'variants.txt', 'family':'families.txt', 'manufacturer':'manufacturers.txt'}
     check_name(level, names, 'level of FGVC-Aircraft')
     root = source.root(path, 'data/images', 'fgvc-aircraft-2013b')/'data'
-    classes = [o.strip() for o in source.file(root/names[level]).read_text().splitlines() if o.strip()]
+    classes = [o.strip() for o in source.file(root/names[level]).read_text(encoding='utf-8').splitlines() if o.strip()]
     tables = [source.pairs(root/f'images_{level}_{s}.txt') for s in ('trainval','test')]
     return Items('aircraft', *[source.images([root/'images'/f'{k}.jpg' for k in t]) for t in tables],
                  *[class_numbers(t.values(), classes, f'A list in {root}') for t in tables], classes)

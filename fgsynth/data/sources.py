@@ -83,7 +83,7 @@ def pairs(self:DataSource,
     path # A text file with lines 'key value'
 )->dict:
     "The lines of a text file as keys and values"
-    lines = [o.strip() for o in self.file(path).read_text().splitlines()]
+    lines = [o.strip() for o in self.file(path).read_text(encoding='utf-8').splitlines()]
     return dict(o.split(' ', 1) for o in lines if ' ' in o)
 
 # %% ../../nbs/data/07_sources.ipynb #ea3fe141

@@ -6,12 +6,13 @@
 __all__ = ['write_index', 'ImageIndex']
 
 # %% ../../nbs/own/00_index.ipynb #22a686ae
-import hashlib, json, os, warnings, torch, torch.nn.functional as F
+import hashlib, json, sys, warnings, torch, torch.nn.functional as F
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from fastcore.basics import ifnone, patch
 from ..core import InputError
-from ..files import replacing
+from ..files import replace_file, replacing
 from ..data.images import why_unreadable
 
 # %% ../../nbs/own/00_index.ipynb #70f6295b
@@ -24,6 +25,12 @@ def _write_blocks(file, blocks):
             norms.append(n)
             f.write(z.half().numpy().tobytes())
     return files,norms
+
+# %% ../../nbs/own/00_index.ipynb #2ef3d912
+def _keep_one(new, file):
+    "One of two files with the same content: the old one, if it is whole"
+    if file.is_file() and file.stat().st_size==new.stat().st_size: new.unlink()
+    else: replace_file(new, file)
 
 # %% ../../nbs/own/00_index.ipynb #be22fea7
 def write_index(
@@ -46,16 +53,17 @@ def write_index(
                  dim=(folder/'new.f16').stat().st_size//2//len(files), files=files,
                  bad=[o for o in asked if o[0] not in found])
     key = about['key'] = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
-    torch.cat(norms).numpy().tofile(folder/f'{key}.f32')
-    os.replace(folder/'new.f16', folder/f'{key}.f16')
+    with open(folder/'new.f32', 'wb') as f: f.write(torch.cat(norms).numpy().tobytes())
+    for ext in 'f16','f32': _keep_one(folder/f'new.{ext}', folder/f'{key}.{ext}')
     with replacing(folder/'index.json') as f: f.write(json.dumps(about).encode())
     _drop_others(folder, key)
 
 # %% ../../nbs/own/00_index.ipynb #ff02fefe
 def _drop_others(folder, key):
-    "Delete what belongs to earlier indices"
+    "Delete what belongs to earlier indices; where somebody still uses it, the next index will"
     for f in [*folder.glob('*.f16'), *folder.glob('*.f32'), *folder.glob('*.faiss')]:
-        if f.stem!=key: f.unlink()
+        if f.stem==key: continue
+        with suppress(OSError): f.unlink()
 
 # %% ../../nbs/own/00_index.ipynb #59dfb8a2
 class ImageIndex:
@@ -114,7 +122,7 @@ def _keep_clusters(self:ImageIndex, ix, file):
     import faiss
     try:
         faiss.write_index(ix, f'{file}.new')
-        os.replace(f'{file}.new', file)
+        replace_file(f'{file}.new', file)
     except (OSError,RuntimeError):
         warnings.warn(f"The clusters cannot be written to {self.folder}, so they are made again for every search: "
                       f"choose another folder with --index.")
@@ -128,7 +136,8 @@ def clusters(self:ImageIndex,
     import faiss
     file = self.folder/f'{self.key}.faiss'
     if not file.is_file(): self._keep_clusters(ix := self._make_clusters(block), file)
-    if file.is_file(): ix = faiss.read_index(str(file), faiss.IO_FLAG_MMAP)
+    how = 0 if sys.platform=='win32' else faiss.IO_FLAG_MMAP # FAISS maps no files on Windows
+    if file.is_file(): ix = faiss.read_index(str(file), how)
     ix.nprobe = max(8, ix.nlist//32)
     return ix
 

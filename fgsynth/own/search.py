@@ -13,6 +13,7 @@ from pathlib import Path
 from fastai.torch_core import default_device
 from fastcore.basics import ifnone
 from ..core import InputError
+from ..files import common_folder, name_from
 from ..cli import run_command, with_bar
 from ..data.images import decode_image, load_images, name_some, warn_unreadable, why_unreadable
 from ..data.folders import find_images, is_run
@@ -41,7 +42,7 @@ def _image_files(data, path=None):
         raise InputError(f"The images of {items.name!r} are not files, so they cannot be searched: "
                          f"name a folder with --data.")
     files = [*items.train, *items.test]
-    return files,Path(os.path.commonpath([f.absolute().parent for f in files]))
+    return files,Path(common_folder(files))
 
 # %% ../../nbs/own/01_search.ipynb #2438f66a
 def _stats(files, root):
@@ -50,7 +51,7 @@ def _stats(files, root):
     for f in files:
         if f.exists():
             s = os.stat(f)
-            res[Path(os.path.relpath(f.absolute(), root)).as_posix()] = f,s.st_size,s.st_mtime_ns
+            res[name_from(root, f)] = f,s.st_size,s.st_mtime_ns
     return res
 
 # %% ../../nbs/own/01_search.ipynb #8d51ca9a
@@ -171,7 +172,7 @@ def _similar(index, encoder, query, k):
 def _print_found(found, root):
     "Rank, similarity and name of each image"
     print('rank  similarity  file')
-    for rank,(file,s) in enumerate(found, 1): print(f'{rank:4}  {s:10.3f}  {name_some([os.path.relpath(file, root)])}')
+    for rank,(file,s) in enumerate(found, 1): print(f'{rank:4}  {s:10.3f}  {name_some([name_from(root, file)])}')
 
 # %% ../../nbs/own/01_search.ipynb #ac004f19
 def _captions(query, found):

@@ -43,7 +43,8 @@ def write_checkpoint(
     except (OSError, RuntimeError) as e:
         raise InputError(f"The checkpoint cannot be written to {str(folder)!r} ({_reason(e)}): make room and resume, "
                          f"from the one before, which is intact.") from None
-    for o in old[:len(old)+1-keep]: o.unlink()
+    for o in old[:len(old)+1-keep]:
+        with suppress(OSError): o.unlink() # on Windows one that somebody reads stays, until the next time
     return new
 
 # %% ../../nbs/runs/02_checkpoints.ipynb #62be6f3d

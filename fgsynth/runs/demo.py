@@ -8,6 +8,8 @@ __all__ = ['other_finches', 'warm_start', 'demo_row', 'demo_training', 'demo_pic
 # %% ../../nbs/runs/06_demo.ipynb #023e14d0
 import time
 from contextlib import suppress
+from copy import deepcopy
+from functools import lru_cache
 from fastcore.script import store_true
 from fastai.basics import *
 from ..core import InputError
@@ -27,6 +29,7 @@ from ..show.pictures import history, show_attention, show_health
 from .presets import Settings
 from .report import describe_attention, example_images, open_run, save_figure, save_neighbours
 from .report import save_pictures, text_table, versions, write_report
+from ..distrib import random_states, restore_random_states
 from .train import fit_run, make_learner
 
 # %% ../../nbs/runs/06_demo.ipynb #53617dfd
@@ -40,6 +43,20 @@ def other_finches(
     x,_ = draw_finches(y+8, size, seed=1000+seed)
     return Items('other finches', x, x[:64], y, y[:64], [s.name for s in SPECIES[8:]])
 
+# %% ../../nbs/runs/06_demo.ipynb #ae802ac5
+@lru_cache(maxsize=4)
+def _train_start(arch, size, n, epochs, lr, seed):
+    "An encoder after training with labels, and the random states then"
+    items = other_finches(n, size, seed)
+    set_seed(seed)
+    encoder = create_encoder(arch, size=size)
+    dls = labelled_dls(items, size=size, bs=64)
+    classifier = nn.Sequential(encoder, nn.Linear(encoder.num_features, 8)).to(dls.device)
+    learn = log_epochs(Learner(dls, classifier, loss_func=CrossEntropyLossFlat()))
+    learn.recorder.train_metrics,learn.recorder.valid_metrics = True,False
+    learn.fit_one_cycle(epochs, lr)
+    return encoder.eval(),random_states(dls.device)
+
 # %% ../../nbs/runs/06_demo.ipynb #73b6cd7c
 def warm_start(
     arch:str, # Encoder
@@ -50,15 +67,9 @@ def warm_start(
     seed:int=0, # Random seed
 )->Encoder: # Trained in a way that a user without labels could download it
     "An encoder that has learned, with labels, eight finch species which `finches(n_species=8)` does not draw"
-    items = other_finches(n, size, seed)
-    set_seed(seed)
-    encoder = create_encoder(arch, size=size)
-    dls = labelled_dls(items, size=size, bs=64)
-    classifier = nn.Sequential(encoder, nn.Linear(encoder.num_features, 8)).to(dls.device)
-    learn = log_epochs(Learner(dls, classifier, loss_func=CrossEntropyLossFlat()))
-    learn.recorder.train_metrics,learn.recorder.valid_metrics = True,False
-    learn.fit_one_cycle(epochs, lr)
-    return encoder.eval()
+    encoder,states = _train_start(arch, size, n, epochs, lr, seed)
+    restore_random_states(states, next(encoder.parameters()).device)
+    return deepcopy(encoder)
 
 # %% ../../nbs/runs/06_demo.ipynb #7d6fb7e4
 def demo_row(

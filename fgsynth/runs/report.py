@@ -22,9 +22,18 @@ from ..show.explore import Explorer
 from .presets import origins
 
 # %% ../../nbs/runs/01_report.ipynb #9cd40fe9
-_leftovers = '.lock','settings.json.tmp' # of a run that ended before it had written anything
+_leftovers = '.lock','.lock.pid','settings.json.tmp' # of a run that ended before it had written anything
 
 def _holds_something(folder): return folder.is_dir() and any(o.name not in _leftovers for o in folder.iterdir())
+
+def _empty(out):
+    "Delete all that is in a folder but its lock"
+    for o in out.iterdir():
+        if o.name.startswith('.lock'): continue
+        try: shutil.rmtree(o) if o.is_dir() and not o.is_symlink() else o.unlink()
+        except OSError as e:
+            raise InputError(f"{str(o)!r} cannot be deleted ({e.strerror}): close what uses it, "
+                             f"or choose another --out.") from None
 
 # %% ../../nbs/runs/01_report.ipynb #e6de0370
 def check_run_folder(
@@ -57,11 +66,8 @@ def open_run(
     try: out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise InputError(f"The folder {str(out)!r} cannot be made ({e.strerror}): choose another --out.") from None
-    if resume: return out
-    with locked(out):
-        for o in out.iterdir():
-            if o.name=='.lock': continue
-            shutil.rmtree(o) if o.is_dir() and not o.is_symlink() else o.unlink()
+    if not resume:
+        with locked(out): _empty(out)
     return out
 
 # %% ../../nbs/runs/01_report.ipynb #6b377962

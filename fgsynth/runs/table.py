@@ -109,7 +109,7 @@ def machine_name()->str:
     "Processor and threads, in a few words"
     if torch.cuda.is_available(): return torch.cuda.get_device_name()
     info = Path('/proc/cpuinfo')
-    lines = info.read_text().splitlines() if info.exists() else []
+    lines = info.read_text(encoding='utf-8').splitlines() if info.exists() else []
     names = [line.split(':')[1].strip() for line in lines if line.startswith('model name')]
     name = names[0] if names else platform.processor() or platform.machine()
     return f'{name}, {torch.get_num_threads()} threads'
