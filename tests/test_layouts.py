@@ -1,11 +1,15 @@
 "Folders in the layouts in which people have them: which images are trained on, which labels are kept, what is said"
 import json
 from collections import Counter
-import pytest, torch
+import pytest
+from PIL import Image
+from conftest import call
 from fgsynth.core import InputError
 from fgsynth.data.datasets import get_dataset
+from fgsynth.data.finches import finches
 from fgsynth.data.folders import is_run, list_images
 from fgsynth.data.readers import read_cars
+from fgsynth.runs.report import write_report
 from tiny import caught, save, write
 
 def lay(d, *files):
@@ -120,6 +124,9 @@ def test_names_that_are_no_text_can_be_printed_and_written(tmp_path):
     items = get_dataset(tmp_path)
     assert items.classes==['B\\udce4r','Vogel']; f'{items} {items.classes}'.encode('utf-8')
 
+def test_a_report_holds_any_name(tmp_path):
+    assert 'B\\udce4r' in write_report(tmp_path, 'x', dict(data='B\udce4r')).read_text(encoding='utf-8')
+
 def test_cars_need_labels_of_both_splits(tmp_path):
     lay(tmp_path, 'train/{a,b}/1', 'test/3')
     with pytest.raises(InputError, match='one sub-folder per class'): caught(lambda: read_cars(tmp_path))
@@ -165,6 +172,17 @@ def test_pictures_of_runs_are_no_data(tmp_path, where):
     if where: run_folder(tmp_path/'photos'/where)
     trained,tested,ws,_ = told(tmp_path/'photos')
     assert len(trained)+len(tested)==10 and ws==[] and {*trained.values()}=={'a','b'}
+
+def test_training_among_the_photos_leaves_the_data_as_they_were(tmp_path, monkeypatch):
+    "Folder and names as the commands write them"
+    for i,b in enumerate(finches(20, 40, n_species=2, seed=3)):
+        (tmp_path/b.species).mkdir(exist_ok=True)
+        Image.fromarray(b.image.permute(1,2,0).numpy()).save(tmp_path/b.species/f'{i}.png')
+    monkeypatch.chdir(tmp_path)
+    before = told(tmp_path)
+    call(monkeypatch, 'fgsynth_train', '--data', '.', *'--size 32 --bs 8 --epochs 1 --synth none'.split(),
+         '--arch', 'timm/test_byobnet')
+    assert (tmp_path/'runs/last/curves.png').is_file() and told(tmp_path)==before
 
 def test_a_run_is_known_by_its_encoder_or_settings(tmp_path):
     write(lay(tmp_path/'old', '1')/'settings.json', '{"data": "x"}'); assert not is_run(tmp_path/'old')
