@@ -99,6 +99,12 @@ def test_training_images_keep_their_labels_beside_flat_test_images(tmp_path):
     assert trained=={'train/a/1':'a', 'train/b/1':'b'} and tested=={'test/3':None, 'test/4':None}
     assert 'no labels' in ws[0] and 'for the training images only' in about
 
+def test_test_images_in_a_folder_that_is_no_class_have_no_labels(tmp_path):
+    trained,tested,ws,_ = told(lay(tmp_path, 'train/{a,b}/1', 'test/unknown/{3,4}'))
+    assert {*trained.values()}=={'a','b'} and {*tested.values()}=={None} and 'no labels' in ws[0]
+    save(tmp_path/'test/a/5.png'); (tmp_path/'test/unknown/3.png').unlink(); (tmp_path/'test/unknown/4.png').unlink()
+    assert told(tmp_path)[1]=={'test/a/5':'a'}
+
 def test_test_images_keep_their_labels_beside_flat_training_images(tmp_path):
     trained,tested,_,about = told(lay(tmp_path, 'train/{1,2}', 'test/{a,b}/3'))
     assert {*trained.values()}=={None} and sorted(tested.values())==['a','b']
@@ -158,6 +164,13 @@ def test_table_that_lacks_an_image_leaves_test_images_for_testing(tmp_path):
     lay(tmp_path, 'train/{1,2}', 'test/3'); write(tmp_path/'labels.csv', 'file,label\ntrain/1.png,a\n')
     trained,tested,ws,_ = told(tmp_path)
     assert (set(trained), set(tested))==({'train/1','train/2'}, {'test/3'}) and 'no label for 2' in ws[0]
+
+def test_table_of_the_training_images_alone_keeps_their_labels(tmp_path):
+    lay(tmp_path, 'train/{1,2,3}', 'test/{4,5}')
+    write(tmp_path/'labels.csv', table.format(*[f'train/{i}.png' for i in (1,2,3)]))
+    trained,tested,ws,about = told(tmp_path)
+    assert trained=={'train/1':'a', 'train/2':'b', 'train/3':'a'} and tested=={'test/4':None, 'test/5':None}
+    assert 'any of the 2 test images' in ws[0] and 'for the training images only' in about
 
 # What fgsynth itself has written
 
