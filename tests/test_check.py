@@ -128,7 +128,8 @@ def test_a_report_on_a_terminal_without_the_letters(py, tmp_path):
     for c in '猫','犬':
         for i in range(3): save(tmp_path/f'photos/{c}/{i}.png', (ord(c)%255,i,9))
     code = f"""import sys, fgsynth.own.near as n
-sys.argv = ['fgsynth_data','check',{str(tmp_path/'photos')!r}]; sys.stdout.reconfigure(encoding='cp1252', errors='strict')
+sys.argv = ['fgsynth_data','check',{str(tmp_path/'photos')!r}]
+sys.stdout.reconfigure(encoding='cp1252', errors='strict')
 n.fgsynth_data()"""
     assert '\\u732b' in py(sys.executable, '-c', code).stdout
 

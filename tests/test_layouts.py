@@ -1,11 +1,15 @@
 "Folders in the layouts in which people have them: which images are trained on, which labels are kept, what is said"
 import json
 from collections import Counter
-import pytest, torch
+import pytest
+from PIL import Image
+from conftest import call
 from fgsynth.core import InputError
 from fgsynth.data.datasets import get_dataset
+from fgsynth.data.finches import finches
 from fgsynth.data.folders import is_run, list_images
 from fgsynth.data.readers import read_cars
+from fgsynth.runs.report import write_report
 from tiny import caught, save, write
 
 def lay(d, *files):
@@ -95,6 +99,12 @@ def test_training_images_keep_their_labels_beside_flat_test_images(tmp_path):
     assert trained=={'train/a/1':'a', 'train/b/1':'b'} and tested=={'test/3':None, 'test/4':None}
     assert 'no labels' in ws[0] and 'for the training images only' in about
 
+def test_test_images_in_a_folder_that_is_no_class_have_no_labels(tmp_path):
+    trained,tested,ws,_ = told(lay(tmp_path, 'train/{a,b}/1', 'test/unknown/{3,4}'))
+    assert {*trained.values()}=={'a','b'} and {*tested.values()}=={None} and 'no labels' in ws[0]
+    save(tmp_path/'test/a/5.png'); (tmp_path/'test/unknown/3.png').unlink(); (tmp_path/'test/unknown/4.png').unlink()
+    assert told(tmp_path)[1]=={'test/a/5':'a'}
+
 def test_test_images_keep_their_labels_beside_flat_training_images(tmp_path):
     trained,tested,_,about = told(lay(tmp_path, 'train/{1,2}', 'test/{a,b}/3'))
     assert {*trained.values()}=={None} and sorted(tested.values())==['a','b']
@@ -119,6 +129,9 @@ def test_names_that_are_no_text_can_be_printed_and_written(tmp_path):
         except OSError: pytest.skip('this file system takes only names in UTF-8')
     items = get_dataset(tmp_path)
     assert items.classes==['B\\udce4r','Vogel']; f'{items} {items.classes}'.encode('utf-8')
+
+def test_a_report_holds_any_name(tmp_path):
+    assert 'B\\udce4r' in write_report(tmp_path, 'x', dict(data='B\udce4r')).read_text(encoding='utf-8')
 
 def test_cars_need_labels_of_both_splits(tmp_path):
     lay(tmp_path, 'train/{a,b}/1', 'test/3')
@@ -152,6 +165,13 @@ def test_table_that_lacks_an_image_leaves_test_images_for_testing(tmp_path):
     trained,tested,ws,_ = told(tmp_path)
     assert (set(trained), set(tested))==({'train/1','train/2'}, {'test/3'}) and 'no label for 2' in ws[0]
 
+def test_table_of_the_training_images_alone_keeps_their_labels(tmp_path):
+    lay(tmp_path, 'train/{1,2,3}', 'test/{4,5}')
+    write(tmp_path/'labels.csv', table.format(*[f'train/{i}.png' for i in (1,2,3)]))
+    trained,tested,ws,about = told(tmp_path)
+    assert trained=={'train/1':'a', 'train/2':'b', 'train/3':'a'} and tested=={'test/4':None, 'test/5':None}
+    assert 'any of the 2 test images' in ws[0] and 'for the training images only' in about
+
 # What fgsynth itself has written
 
 def run_folder(d, **settings):
@@ -165,6 +185,17 @@ def test_pictures_of_runs_are_no_data(tmp_path, where):
     if where: run_folder(tmp_path/'photos'/where)
     trained,tested,ws,_ = told(tmp_path/'photos')
     assert len(trained)+len(tested)==10 and ws==[] and {*trained.values()}=={'a','b'}
+
+def test_training_among_the_photos_leaves_the_data_as_they_were(tmp_path, monkeypatch):
+    "Folder and names as the commands write them"
+    for i,b in enumerate(finches(20, 40, n_species=2, seed=3)):
+        (tmp_path/b.species).mkdir(exist_ok=True)
+        Image.fromarray(b.image.permute(1,2,0).numpy()).save(tmp_path/b.species/f'{i}.png')
+    monkeypatch.chdir(tmp_path)
+    before = told(tmp_path)
+    call(monkeypatch, 'fgsynth_train', '--data', '.', *'--size 32 --bs 8 --epochs 1 --synth none'.split(),
+         '--arch', 'timm/test_byobnet')
+    assert (tmp_path/'runs/last/curves.png').is_file() and told(tmp_path)==before
 
 def test_a_run_is_known_by_its_encoder_or_settings(tmp_path):
     write(lay(tmp_path/'old', '1')/'settings.json', '{"data": "x"}'); assert not is_run(tmp_path/'old')

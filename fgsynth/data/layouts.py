@@ -146,7 +146,8 @@ def classes(self:_Layout):
     "For training and testing the class folder of each image; None where there are none"
     train,test = [_class_folders(self.parts[o][1]) for o in ('train','test')]
     if train and len(set(train))<2: train = None
-    if test and not train and len(set(test))<2: test = None
+    known = {class_name(o) for o in train or ()}
+    if test and len(set(test))<2 and class_name(test[0]) not in known: test = None # a folder such as test/unknown
     return train,test
 
 # %% ../../nbs/data/06_layouts.ipynb #14ff9363
@@ -246,6 +247,16 @@ def _all_labelled(table, rows, files):
                   f"so all are taken as unlabelled.")
     return not missing
 
+# %% ../../nbs/data/06_layouts.ipynb #dbdd5d3b
+@patch
+def items_for_training(self:_Layout, table, rows, name):
+    "`Items` of which the table labels the training images only"
+    train,test = self.files('train'),self.files('test')
+    warn_user(f"{table} has no label for any of the {len(test):,} test images, so nothing can be measured on them.")
+    names = [rows[f.relative_to(self.path).as_posix()][0] for f in train]
+    about = _sentence(f'classes by {table.name} for the training images only', *self.about_splits(False))
+    return Items(name, train, test, _numbers(sorted(set(names)), names), None, sorted(set(names)), about=about)
+
 # %% ../../nbs/data/06_layouts.ipynb #a12db25d
 @patch
 def items_by(self:_Layout, table, name, test_pct, seed):
@@ -254,6 +265,8 @@ def items_by(self:_Layout, table, name, test_pct, seed):
     images = self.files('train')+self.files('test')
     files = {f.relative_to(self.path).as_posix():f for f in images}
     rows,by_folder = _rows_of(table, files),dict(zip(files, self.splits()))
+    if {o for o in files if o not in rows}=={o for o,s in by_folder.items() if s=='test'}!=set():
+        return self.items_for_training(table, rows, name)
     if not _all_labelled(table, rows, files):
         return Items(name, *map(self.files, ('train','test')), about=_sentence('no labels', *self.about_splits(False)))
     classes = sorted({rows[o][0] for o in files})
