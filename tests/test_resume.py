@@ -18,7 +18,7 @@ from fgsynth.methods import learner as making_learners
 from fgsynth.methods.learner import ssl_learner
 from fgsynth.methods.mocov2 import MoCoV2
 from fgsynth.nets.networks import Encoder
-from fgsynth.runs import train as training
+from fgsynth.runs import measure, train as training # measure is loaded before its `run_items` is replaced
 from fgsynth.runs.checkpoints import read_checkpoint, to_plain, write_checkpoint
 from fgsynth.runs.resume import CheckpointCallback
 from fgsynth.synth.callbacks import synth_pairs

@@ -72,7 +72,8 @@ def test_optimizer_and_weight_decay_come_from_the_settings(opt, step, flock):
     learn = make_learner(flock, s)
     before = learn.model.encoder.body.stem.conv.weight.clone()
     with learn.no_bar(), learn.no_logging(): fit_run(learn, s)
-    assert step in [getattr(cb, 'func', cb).__name__ for cb in learn.opt.cbs] and {h['wd'] for h in learn.opt.hypers}=={.04}
+    steps = [getattr(cb, 'func', cb).__name__ for cb in learn.opt.cbs]
+    assert step in steps and {h['wd'] for h in learn.opt.hypers}=={.04}
     assert not learn.model.encoder.body.stem.conv.weight.equal(before)
 
 def test_a_misspelt_optimizer_is_named():

@@ -12,6 +12,7 @@ from ..core import InputError
 from ..files import write_csv
 from ..distrib import failing_together, join_processes, rank
 from ..cli import run_command
+from ..data.folders import warn_user
 from ..nets.encoders import load_encoder
 from ..evaluate.measures import evaluate
 from .report import describe_attention, images_of_run, read_run, save_neighbours, text_table, write_report
@@ -43,6 +44,14 @@ def write_measures(
     print('\n'.join([text_table([row]), *notes]))
     print(f'Wrote {run}/metrics.csv and {run}/report.html')
 
+# %% ../../nbs/runs/05_measure.ipynb #719cf332
+def _warn_of_memory(items, size, most=2e9):
+    "Say how to measure more images than may fit into memory"
+    n_bytes = 3*size**2*sum(len(o) for o in (items.train, items.test) if not isinstance(o, Tensor))
+    if n_bytes>most and items.cache_dir is None:
+        warn_user(f"The images take {n_bytes/1e9:,.0f} GB of memory when they are decoded: where that is too much, "
+                  f"--cache_dir FOLDER keeps them in a file and reads it block by block.")
+
 # %% ../../nbs/runs/05_measure.ipynb #3db5f6e4
 def evaluate_run(
     run:str, # Folder of a run
@@ -57,6 +66,7 @@ def evaluate_run(
     run,s = Path(run),read_complete_run(run)
     if data is None: data,path = images_of_run(s, path)
     items = run_items(data, path, s['size'], cache_dir or s.get('cache_dir'))
+    if not rank(): _warn_of_memory(items, s['size'])
     encoder = load_encoder(run/'encoder.safetensors').to(join_processes())
     measures = evaluate(encoder, items, s['size'], seed=seed, progress=noop if rank() else print, distributed=True,
                         augment=augment, flip=flip, keep=s.get('keep', 1.))

@@ -128,7 +128,7 @@ class Settings:
         lam:float=pair_defaults['lam'], # Weight of the pair loss (Table 6)
         beta:float=pair_defaults['beta'], # Weight of the reconstruction error (0.5 in the paper)
         momentum:float=0.999, # Of MoCo's key encoder (appendix B.1); less for runs of a few hundred steps
-        K:int=None, # Keys in MoCo's queue (65,536 in the paper), or DINO's prototypes; None: not more than images
+        K:int=None, # Keys in MoCo's queue (65,536 in the paper), or DINO's prototypes; None: fewer for small data sets
         mask_same_image:store_true=False, # Take older keys of the same image out of MoCo's negatives
         temperature:float=None, # Of the method's loss; None: as its authors have it
         opt:str='sgd', # Optimizer: sgd (the paper's), adamw (DINO's authors) or lars (SimCLR's and BYOL's)
