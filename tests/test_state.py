@@ -19,7 +19,7 @@ from fgsynth.evaluate.features import features
 from fgsynth.nets.encoders import create_encoder
 from fgsynth.methods.dino import DINO
 from fgsynth.methods.health import HealthCallback
-from fgsynth.methods.learner import freeze_stages, ssl_learner
+from fgsynth.methods.learner import faster_precision, freeze_stages, ssl_learner
 from fgsynth.methods.mocov2 import MoCoV2
 from fgsynth.methods.simsiam import SimSiam
 from fgsynth.show import explore                                              # which gives learners their pictures
@@ -448,6 +448,12 @@ def test_pictures_and_measures_do_not_disturb_the_training(drawn, items, what, g
     aside[what](drawn, items)
     assert before[:2]==(random.getstate(), np.random.get_state()[1].tolist())
     assert before[2].equal(torch.get_rng_state()) and same(before[3], gpus.states()) and not gpus.seeded_all
+
+def test_measuring_the_precision_draws_aside():
+    "A network with dropout, which draws in training"
+    before = torch.get_rng_state()
+    faster_precision(nn.Sequential(nn.Flatten(), nn.Dropout(.5), nn.Linear(3*32**2, 2)), 32, 2, rounds=1)
+    assert before.equal(torch.get_rng_state())
 
 class Noise(Callback):
     order = 9
