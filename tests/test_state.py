@@ -363,13 +363,13 @@ def rows_of(tensor):
     "Bytes of each row"
     return {r.numpy().tobytes() for r in tensor.detach().contiguous().flatten(1)}
 
-exports = dict(mocov2=dict(), simsiam=dict(method='simsiam'), pairs=dict(cbs=synth_pairs), keeper=dict(cbs=Keeper),
+exports = dict(mocov2=dict(), simsiam=dict(method=lambda: SimSiam(64,16)), pairs=dict(cbs=synth_pairs), keeper=dict(cbs=Keeper),
                within=dict(cbs=lambda: synth_callbacks('within')))
 
 @pytest.mark.parametrize('kw', exports.values(), ids=exports)
 def test_no_image_and_no_feature_is_exported(items, tmp_path, kw):
     dls = ssl_dls(items, size=32, bs=32, valid_pct=.25)
-    learn = ssl_learner(dls, small(), kw.get('method'), cbs=kw.get('cbs', noop)(), path=tmp_path)
+    learn = ssl_learner(dls, small(), kw.get('method', noop)(), cbs=kw.get('cbs', noop)(), path=tmp_path)
     quietly(learn, 2, .01)
     learn.show_batch()
     net = learn.model
