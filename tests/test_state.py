@@ -363,8 +363,8 @@ def rows_of(tensor):
     "Bytes of each row"
     return {r.numpy().tobytes() for r in tensor.detach().contiguous().flatten(1)}
 
-exports = dict(mocov2=dict(), simsiam=dict(method=lambda: SimSiam(64,16)), pairs=dict(cbs=synth_pairs), keeper=dict(cbs=Keeper),
-               within=dict(cbs=lambda: synth_callbacks('within')))
+exports = dict(mocov2=dict(), simsiam=dict(method=lambda: SimSiam(64,16)), keeper=dict(cbs=Keeper),
+               pairs=dict(cbs=synth_pairs), within=dict(cbs=lambda: synth_callbacks('within')))
 
 @pytest.mark.parametrize('kw', exports.values(), ids=exports)
 def test_no_image_and_no_feature_is_exported(items, tmp_path, kw):
