@@ -19,7 +19,7 @@ from fgsynth.evaluate.features import features
 from fgsynth.nets.encoders import create_encoder
 from fgsynth.methods.dino import DINO
 from fgsynth.methods.health import HealthCallback
-from fgsynth.methods.learner import freeze_stages, ssl_learner
+from fgsynth.methods.learner import faster_precision, freeze_stages, ssl_learner
 from fgsynth.methods.mocov2 import MoCoV2
 from fgsynth.methods.simsiam import SimSiam
 from fgsynth.show import explore                                              # which gives learners their pictures
@@ -363,13 +363,13 @@ def rows_of(tensor):
     "Bytes of each row"
     return {r.numpy().tobytes() for r in tensor.detach().contiguous().flatten(1)}
 
-exports = dict(mocov2=dict(), simsiam=dict(method='simsiam'), pairs=dict(cbs=synth_pairs), keeper=dict(cbs=Keeper),
-               within=dict(cbs=lambda: synth_callbacks('within')))
+exports = dict(mocov2=dict(), simsiam=dict(method=lambda: SimSiam(64,16)), keeper=dict(cbs=Keeper),
+               pairs=dict(cbs=synth_pairs), within=dict(cbs=lambda: synth_callbacks('within')))
 
 @pytest.mark.parametrize('kw', exports.values(), ids=exports)
 def test_no_image_and_no_feature_is_exported(items, tmp_path, kw):
     dls = ssl_dls(items, size=32, bs=32, valid_pct=.25)
-    learn = ssl_learner(dls, small(), kw.get('method'), cbs=kw.get('cbs', noop)(), path=tmp_path)
+    learn = ssl_learner(dls, small(), kw.get('method', noop)(), cbs=kw.get('cbs', noop)(), path=tmp_path)
     quietly(learn, 2, .01)
     learn.show_batch()
     net = learn.model
@@ -448,6 +448,12 @@ def test_pictures_and_measures_do_not_disturb_the_training(drawn, items, what, g
     aside[what](drawn, items)
     assert before[:2]==(random.getstate(), np.random.get_state()[1].tolist())
     assert before[2].equal(torch.get_rng_state()) and same(before[3], gpus.states()) and not gpus.seeded_all
+
+def test_measuring_the_precision_draws_aside():
+    "A network with dropout, which draws in training"
+    before = torch.get_rng_state()
+    faster_precision(nn.Sequential(nn.Flatten(), nn.Dropout(.5), nn.Linear(3*32**2, 2)), 32, 2, rounds=1)
+    assert before.equal(torch.get_rng_state())
 
 class Noise(Callback):
     order = 9

@@ -14,6 +14,7 @@ from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import *
 from fastprogress.fastprogress import MasterBar, ProgressBar
 from ..core import InputError, check_name
+from ..distrib import seeded
 from ..cli import is_interactive
 from ..data.images import float_images
 from ..nets.networks import Encoder
@@ -68,7 +69,8 @@ def faster_precision(
     net,device = deepcopy(encoder).to(device).train(),torch.device(device)
     x = torch.rand(bs, 3, size, size, generator=torch.Generator().manual_seed(0))
     x = x.to(device, memory_format=torch.channels_last)
-    times = [[_seconds(net, x, bf16) for bf16 in (False,True)] for _ in range(rounds+1)][1:]
+    with seeded(0, device): # for networks with dropout
+        times = [[_seconds(net, x, bf16) for bf16 in (False,True)] for _ in range(rounds+1)][1:]
     fp32,bf16 = [sorted(ts)[len(ts)//2] for ts in zip(*times)]
     return 'bf16' if fp32>1.1*bf16 else 'fp32', fp32/bf16
 

@@ -126,7 +126,7 @@ def after_step(self:DecoderCallback):
 
 @patch
 def after_fit(self:DecoderCallback):
-    for p in self.net.decoder.parameters(): p.grad = None # by which it would be moved when this callback is gone
+    if self.update=='joint': self.net.decoder.zero_grad() # by which it would be moved when this callback is gone
 
 # %% ../../nbs/synth/02_callbacks.ipynb #cacd847f
 @delegates()
