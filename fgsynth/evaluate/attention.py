@@ -117,7 +117,7 @@ def spatial_layer(
     finest = max(side for _,side,_ in found)
     fine = [f for f in found if f[1]>=min(min_side, finest)]
     norms = [f for f in fine if f[0].rpartition('.')[2] in ('norm1','ln_1') and f[1:]==fine[-1][1:]]
-    return (norms or fine)[-1]
+    return (norms or fine)[-1] if fine[-1][2] is not None else fine[-1]
 
 # %% ../../nbs/evaluate/04_attention.ipynb #5bef6a6f
 class _SameAs:

@@ -105,7 +105,8 @@ def _ending(net, z, linears):
     if ends := [l for l in linears if l[2].shape[-1]==z.shape[1] and _same(l[2], z)]: return ends[-1][:2]
     if linears and linears[-1][2].shape==z.shape:
         raise InputError(f"Something follows {linears[-1][0]!r}, the last linear layer of {type(net).__name__}, "
-                         "so it is not clear what its features are: pass Encoder(body, d) with the part that gives them.")
+                         "so it is not clear what its features are: pass Encoder(body, d) with the part that gives "
+                         "them.")
     return None,None
 
 # %% ../../nbs/nets/00_networks.ipynb #9c2a5cad
