@@ -1,14 +1,14 @@
 "Where an encoder looks, and what shaking its features does to the class"
 import warnings
 from copy import copy
-import pytest, torch
+import pytest, torch, torch.nn.functional as F
 from fastai.torch_core import set_seed
 from fastcore.test import test_close as check_close, test_eq as check_eq
 from torch import nn, tensor
 from fgsynth.core import InputError
 from fgsynth.data.datasets import get_dataset
 from fgsynth.data.loaders import ssl_dls
-from fgsynth.evaluate.attention import attention_maps, attention_on, attention_on_parts, spatial_layer
+from fgsynth.evaluate.attention import as_map, attention_maps, attention_on, attention_on_parts, spatial_layer
 from fgsynth.evaluate.shake import match_distance, shake_kinds, shake_test
 from fgsynth.methods.learner import ssl_learner
 from fgsynth.methods.mocov2 import MoCoV2
@@ -51,6 +51,56 @@ def test_layer_of_a_transformer(vit): check_eq(spatial_layer(vit, 64)[1:], (4,1)
 @pytest.mark.parametrize('layer', [None, 'body.blocks.5.norm1', 'body.patch_embed.proj'])
 def test_maps_of_a_transformer(vit, layer):
     check_eq(attention_maps(vit, torch.rand(2,3,64,64), layer=layer).shape, (2,64,64))
+
+def share_in_place(encoder, size, layer, layout):
+    "How much of what a change of one quarter of an image does to a map lies in that quarter of the map, for all four"
+    g,seen,half = torch.Generator().manual_seed(1),[],size//2
+    x = torch.rand(1, 3, size, size, generator=g).repeat(5, 1, 1, 1)
+    for k,(i,j) in enumerate([(0,0), (0,1), (1,0), (1,1)], 1):
+        x[k,:,i*half:(i+1)*half,j*half:(j+1)*half] = torch.rand(3, half, half, generator=g)
+    hook = encoder.get_submodule(layer).register_forward_hook(lambda m,i,o: seen.append(as_map(o, layout)))
+    with torch.no_grad(): encoder.eval()(x)
+    hook.remove()
+    change = (seen[0][1:]-seen[0][:1]).double().pow(2).sum(1)
+    finer = F.interpolate(change[:,None], 2*change.shape[-1])[:,0]          # so that halves are whole cells
+    quarters = finer.unflatten(1, (2,-1)).unflatten(3, (2,-1)).sum((2,4))
+    return (quarters.flatten(1)/quarters.sum((1,2))[:,None]).diag()
+
+transformers = dict(vit_b_16=('encoder_layer_11.ln_1',64,4,1), swin_t=('features.3.1.norm1',64,8,'last'),
+    swin_tiny_patch4_window7_224=('layers.1.blocks.1.norm1',64,8,'last'), gcvit_xxtiny=('',64,8,None),
+    hiera_tiny_224=('blocks.11.norm1',96,3,0), mixer_s32_224=('blocks.7.norm1',96,3,0),
+    tnt_s_patch16_224=('blocks.11.norm_out',48,3,1), vit_small_patch14_reg4_dinov2=('blocks.11.norm1',42,3,5))
+
+@pytest.mark.parametrize('arch', transformers)
+def test_maps_of_transformers_and_mixers_show_places(arch):
+    layer,size,side,layout = transformers[arch]
+    e = create_encoder(arch, size=size)
+    name,*found = spatial_layer(e, size)
+    assert name.endswith(layer), name
+    check_eq(found, [side, layout])
+    check_eq(attention_maps(e, torch.rand(3, 3, size, size)).shape, (3, size, size))
+    assert share_in_place(e, size, name, layout).min()>.3                  # a quarter by chance
+
+@pytest.mark.parametrize('arch,layer', [('swin_t','body.features.1.0.attn.qkv'), ('vit_tiny_patch16_224','body.norm.x'),
+                                        ('swin_tiny_patch4_window7_224','body.layers.0.blocks.0.attn.softmax')])
+def test_a_layer_that_is_no_map_is_refused(arch, layer):
+    with pytest.raises(InputError, match='not known to be a map'):
+        attention_maps(create_encoder(arch, size=64), torch.rand(2,3,64,64), layer=layer)
+
+class Attended(nn.Module):
+    "A network whose attention matrix, between its 16 places, is finer than its map of 4 by 4 places"
+    class TalkingAttention(nn.Module):
+        def __init__(self): super().__init__(); self.talk = nn.Conv2d(2, 2, 1)
+        def forward(self, x):
+            t = x.flatten(2)
+            matrix = self.talk((t.transpose(1, 2)@t)[:,None].repeat(1, 2, 1, 1)).softmax(-1).mean(1)
+            return x + (t@matrix).view_as(x)
+    def __init__(self): super().__init__(); self.stem,self.attn = nn.Conv2d(3, 8, 8, 8),self.TalkingAttention()
+    def forward(self, x): return self.attn(self.stem(x)).mean((2,3))
+
+def test_an_attention_matrix_is_no_map():
+    check_eq(spatial_layer(Attended(), 32)[1:], (4, None))
+    check_eq(attention_maps(Attended(), torch.rand(2,3,32,32)).shape, (2,32,32))
 
 def test_a_network_without_maps_is_refused():
     flat = nn.Sequential(nn.Flatten(), nn.Linear(3*48*48, 4))

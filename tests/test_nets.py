@@ -105,8 +105,10 @@ classifiers = {
     'two heads':     (lambda: TwoHeads(True), 12, 'fc'),
     'one unused':    (lambda: TwoHeads(False), 12, 'fc'),
     'thrown away':   (Early, 12, 'fc'),
-    'with dropout':  (lambda: nn.Sequential(pooled(), nn.Linear(12, 7), nn.ReLU(), nn.Linear(7, 5), nn.Dropout()), 7, '3'),
-    'squeezed':      (lambda: nn.Sequential(pooled(), nn.Unflatten(1, (1,12)), nn.Linear(12, 5), nn.Flatten()), 12, '2'),
+    'with dropout':  (lambda: nn.Sequential(pooled(), nn.Linear(12, 7), nn.ReLU(), nn.Linear(7, 5), nn.Dropout()),
+                      7, '3'),
+    'squeezed':      (lambda: nn.Sequential(pooled(), nn.Unflatten(1, (1,12)), nn.Linear(12, 5), nn.Flatten()),
+                      12, '2'),
     'googlenet':     (lambda: torchvision.models.googlenet(init_weights=False), 1024, 'fc'),
     'timm':          (lambda: timm.create_model('test_vit'), 64, 'head'),
     'two of timm':   (lambda: timm.create_model('deit_tiny_distilled_patch16_224', img_size=32), 192, 'head_dist')}
@@ -114,7 +116,8 @@ classifiers = {
 @pytest.mark.parametrize('make,d,head', classifiers.values(), ids=classifiers)
 def test_the_head_is_the_layer_that_gives_the_output(make, d, head):
     net = make()
-    kinds,state,modes = [type(m) for m in net.modules()],copy.deepcopy(net.state_dict()),[m.training for m in net.modules()]
+    kinds,modes = [type(m) for m in net.modules()],[m.training for m in net.modules()]
+    state = copy.deepcopy(net.state_dict())
     e = create_encoder(net)
     ft.test_eq(e.num_features, d)
     ft.test_eq(type(e.body.get_submodule(head)), nn.Identity)
@@ -214,8 +217,8 @@ def named(sd, prefix): return {prefix+k:v for k,v in sd.items()}
 wrappings = { # how a file is written from the right tensors a and others b
     'DINO':          lambda a,b: dict(student=named(b, 'module.backbone.'), teacher=named(a, 'backbone.'), epoch=3),
     'DINOv2':        lambda a,b: dict(teacher={**named(a, 'backbone.'), 'dino_head.weight':torch.ones(2)}),
-    'timm':          lambda a,b: dict(epoch=1, arch='x', state_dict=b, optimizer={'state':{0:dict(step=1)}}, state_dict_ema=a,
-                                      args=argparse.Namespace(lr=.1)),
+    'timm':          lambda a,b: dict(epoch=1, arch='x', state_dict=b, optimizer={'state':{0:dict(step=1)}},
+                                      state_dict_ema=a, args=argparse.Namespace(lr=.1)),
     'net':           lambda a,b: dict(net=named(a, 'module.'), acc=.5, epoch=7),
     'Lightning':     lambda a,b: dict(state_dict={**named(b, 'momentum_backbone.'), **named(a, 'backbone.')}),
     'lightly':       lambda a,b: {**named(b, 'backbone_momentum.'), **named(a, 'backbone.')},
@@ -256,7 +259,8 @@ def test_position_embeddings_of_another_size_are_resampled_as_timm_does(tmp_path
     large,small = create_encoder('timm/test_vit', size=96),create_encoder('timm/test_vit', size=48)
     torch.save({'model':large.body.state_dict()}, tmp_path/'vit.pth')
     save_encoder(large, tmp_path/'vit.safetensors')
-    want = timm.layers.resample_abs_pos_embed(large.body.pos_embed, [3,3], num_prefix_tokens=large.body.num_prefix_tokens)
+    n = large.body.num_prefix_tokens
+    want = timm.layers.resample_abs_pos_embed(large.body.pos_embed, [3,3], num_prefix_tokens=n)
     for file in 'vit.pth','vit.safetensors':
         e = load_weights(copy.deepcopy(small), tmp_path/file)
         ft.test_close(e.body.pos_embed, want, 1e-6)

@@ -6,10 +6,11 @@ from conftest import root
 from fastai.callback.core import Callback
 from fgsynth.core import InputError
 from fgsynth.data.datasets import get_dataset
+from fgsynth.methods.learner import methods
 from fgsynth.nets.encoders import load_encoder, save_encoder, stages
 from fgsynth.show.explore import Explorer
 from fgsynth.synth.callbacks import PAPER, PerturbCallback, synth_pairs
-from fgsynth.runs import measure, train as training
+from fgsynth.runs import checkpoints, measure, train as training
 from fgsynth.runs.demo import demo
 from fgsynth.runs.measure import evaluate_run
 from fgsynth.runs.presets import Settings, origins, pair_defaults, preset_names, read_preset
@@ -254,6 +255,32 @@ def test_each_stage_learns_more_slowly_than_the_one_after_it(method, schedule, f
 def test_what_must_be_the_same_to_go_on(flock):
     a,b = [run_facts(flock, Settings(path=p, cache_dir=c, bs=64)) for p,c in ((None,None), ('x','y'))]
     assert a==b and a['images']==256 and a['bs of all processes']==64 and 'bs' not in a and 'preset' not in a
+
+# A trial
+
+@pytest.mark.parametrize('arch,said', [('halonet26t','cannot take images of 32 pixels'), ('alexnet','another network'),
+                                       ('resnet81','did you mean')])
+def test_what_cannot_be_trained_leaves_no_folder(arch, said, tmp_path):
+    with pytest.raises(InputError, match=said): train(preset='smoke', bs=64, arch=arch, out=tmp_path/'run')
+    assert not (tmp_path/'run').exists()
+
+@pytest.mark.parametrize('what', ['save_encoder', 'load_encoder', 'load_tensors', 'attention_maps'])
+def test_what_cannot_be_written_is_said_before_there_is_a_folder(what, tmp_path, monkeypatch):
+    def fails(*args, **kw):
+        raise RuntimeError('the disk is round')
+    monkeypatch.setattr(checkpoints, what, fails)
+    with pytest.raises(InputError, match='timm/test_byobnet cannot be trained by MoCoV2 .*the disk is round'):
+        train(preset='smoke', bs=64, arch='timm/test_byobnet', out=tmp_path/'run')
+    assert not (tmp_path/'run').exists()
+
+@pytest.mark.parametrize('method', methods)
+def test_a_trial_leaves_the_learner_and_chance_alone(method, flock):
+    learn = make_learner(flock, Settings.from_preset('smoke', bs=64, method=method))
+    before,states = deepcopy(learn.model.state_dict()),[torch.get_rng_state(), np.random.get_state()[1].copy()]
+    checkpoints.try_fit(learn)
+    for k,v in learn.model.state_dict().items(): assert not torch.is_tensor(v) or v.equal(before[k]), k
+    assert torch.get_rng_state().equal(states[0]) and (np.random.get_state()[1]==states[1]).all()
+    assert all(p.grad is None for p in learn.model.parameters()) and learn.model.training
 
 # Folders
 

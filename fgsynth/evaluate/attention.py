@@ -59,7 +59,8 @@ def _outputs(net, x):
     z = net(x)
     for h in hooks: h.remove()
     count = Counter(name for name,*_ in seen)
-    return [o for o in seen if count[o[0]]==1 and isinstance(o[2], Tensor) and o[2].requires_grad and len(o[2])==len(x)],z
+    def is_each(o): return isinstance(o, Tensor) and o.requires_grad and len(o)==len(x)
+    return [o for o in seen if count[o[0]]==1 and is_each(o[2])],z
 
 def _reach(outputs, z):
     "The gradients by which outputs reach the features"
@@ -70,8 +71,8 @@ def _reach(outputs, z):
 # %% ../../nbs/evaluate/04_attention.ipynb #6de2b243
 def _in_attention(net):
     "Names of modules that are part of an attention"
-    whole = [name for name,m in net.named_modules() if re.search(r'(attention|attn)(\d?d)?(downsample)?$', type(m).__name__, re.I)]
-    return tuple(f'{name}.' for name in whole)
+    kind = re.compile(r'(attention|attn)(\d?d)?(downsample)?$', re.I)
+    return tuple(f'{name}.' for name,m in net.named_modules() if kind.search(type(m).__name__))
 
 def _layouts(net, outputs):
     "Where the channels are in outputs of each shape that some layer's type gives away"
@@ -95,7 +96,8 @@ def _feature_maps(encoder, size):
         if name.startswith(inside): g = None
         if cells and cells[0]>1: found.append((name, *cells, g is not None and bool(as_map(g, cells[1]).any())))
         elif not cells and _is_grid(m, out): found.append((name, None, None, g is not None and bool(g.any())))
-    return found
+    unrolled = hasattr(getattr(net[0], 'body', net[0]), 'unroll') # Hiera: only its last tokens lie in rows
+    return [f for f in found if f[1]==found[-1][1]] if unrolled else found
 
 def _is_grid(m, out):
     "May it be tokens that nobody knows how to read?"
@@ -115,7 +117,7 @@ def spatial_layer(
     finest = max(side for _,side,_ in found)
     fine = [f for f in found if f[1]>=min(min_side, finest)]
     norms = [f for f in fine if f[0].rpartition('.')[2] in ('norm1','ln_1') and f[1:]==fine[-1][1:]]
-    return (norms or fine)[-1]
+    return (norms or fine)[-1] if fine[-1][2] is not None else fine[-1]
 
 # %% ../../nbs/evaluate/04_attention.ipynb #5bef6a6f
 class _SameAs:

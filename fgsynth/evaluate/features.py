@@ -38,6 +38,11 @@ def _batches(images, bs, size, rows=None):
         if len(images): _check_size(size)
         for i in range(0, len(images), bs): yield _readable(images[i:i+bs], size)
 
+# %% ../../nbs/evaluate/00_features.ipynb #1390d944
+def encoder_device(encoder:nn.Module)->torch.device: # The CPU for a network without parameters and buffers
+    "Where a network is"
+    return next((p.device for p in [*encoder.parameters(), *encoder.buffers()]), torch.device('cpu'))
+
 # %% ../../nbs/evaluate/00_features.ipynb #8444e22a
 def _positions(loader):
     "Positions of the images that a loader hands out, in its order; None where it does not know them"
@@ -55,11 +60,6 @@ def _check_rows(loader, n=None): # n: how many images it has handed out; None: n
     what = f"hands out {n} of its {total} images" if n else "shuffles its images, or leaves some out"
     raise InputError(f"This {type(loader).__name__} {what}, so nobody could tell whose features are whose: "
                      "give it shuffle=False and drop_last=False, or pass the images themselves.")
-
-# %% ../../nbs/evaluate/00_features.ipynb #1390d944
-def encoder_device(encoder:nn.Module)->torch.device: # The CPU for a network without parameters and buffers
-    "Where a network is"
-    return next((p.device for p in [*encoder.parameters(), *encoder.buffers()]), torch.device('cpu'))
 
 # %% ../../nbs/evaluate/00_features.ipynb #6ed354b5
 def _encode_all(encoder, batches, device, size):

@@ -70,11 +70,12 @@ def _convert(sd, net):
     return sd
 
 # %% ../../nbs/nets/01_encoders.ipynb #24b546f8
+_wrappers = 'state_dict_ema.','model_ema.','state_dict.','model.','' # in timm's order
+
 def _fitting(found, net):
     "What a file's tensors are for a network, or what keeps them from fitting"
     want,misfits = net.state_dict(),[]
-    wrapped = [o for o in ('state_dict_ema.','model_ema.','state_dict.','model.','') if any(k.startswith(o) for k in found)]
-    for prefix in dict.fromkeys([*_prefixes(found, want)[:4], *wrapped]):
+    for prefix in dict.fromkeys([*_prefixes(found, want)[:4], *_wrappers]): # the names may be older ones
         inside = {k.removeprefix(prefix):v for k,v in found.items() if k.startswith(prefix)}
         for sd in (inside, _convert(inside, net)) if inside else ():
             misfits.append(_misfit(sd, want))

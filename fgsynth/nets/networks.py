@@ -105,13 +105,14 @@ def _ending(net, z, linears):
     "The linear layer that gives the output of a network, if one does: its name, and what it was fed"
     if ends := [l for l in linears if l[2].shape[-1]==z.shape[1] and _same(l[2], z)]: return ends[-1][:2]
     if linears and linears[-1][2].shape==z.shape:
-        raise InputError(f"Something follows {linears[-1][0]!r}, the last linear layer of {type(net).__name__}, so it is "
-                         "not clear what its features are: pass Encoder(body, d) with the part that gives them.")
+        raise InputError(f"Something follows {linears[-1][0]!r}, the last linear layer of {type(net).__name__}, "
+                         "so it is not clear what its features are: pass Encoder(body, d) with the part that gives "
+                         "them.")
     return None,None
 
 # %% ../../nbs/nets/00_networks.ipynb #9c2a5cad
 def cut_head(
-    net:nn.Module, # A classifier that ends in an `nn.Linear`, or a network that gives features (B, d); it stays as it is
+    net:nn.Module, # A classifier that ends in an `nn.Linear`, or one that gives features (B, d); it stays as it is
     size:int=None, # Side of the images it was made for, in pixels; None: those that it mentions, 64, 224 or 299
 )->tuple: # A copy without the classification layer, if there is one; and d
     "Replace the linear layer whose output is that of the network by the identity"
@@ -157,7 +158,7 @@ def try_encoder(
 def _fixed_size(arch, size):
     "The argument by which one of torchvision's networks learns the size of its images, if it asks for it"
     if not size: return {}
-    return dict(image_size=size) if arch.startswith('vit_') else dict(input_size=(size,size)) if 'maxvit' in arch else {}
+    return {'vit':{'image_size':size}, 'maxvit':{'input_size':(size,size)}}.get(arch.split('_')[0], {})
 
 def _without_auxiliary(net):
     for name in 'aux1','aux2','AuxLogits':
@@ -201,7 +202,8 @@ def _timm(arch, pretrained, size):
         raise InputError(f"{arch} cuts images into patches of {patch} pixels, and {size} is not a multiple of it: "
                          f"take images of {max(1, round(size/patch))*patch} pixels.")
     cfg = net.pretrained_cfg
-    return Encoder(net, _features_at(net, size or cfg['input_size'][-1], arch), cfg['mean'], cfg['std'], size=size if fixed else None)
+    d = _features_at(net, size or cfg['input_size'][-1], arch)
+    return Encoder(net, d, cfg['mean'], cfg['std'], size=size if fixed else None)
 
 # %% ../../nbs/nets/00_networks.ipynb #1e0095d6
 def _lite0(arch, pretrained, size):
