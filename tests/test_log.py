@@ -1,5 +1,5 @@
 "Progress where somebody looks on, one line an epoch in a log, and Ctrl-C"
-import io, os, signal, subprocess, sys, time
+import io, os, signal, subprocess, sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 import pytest, torch
@@ -167,9 +167,13 @@ def test_ctrl_c_in_a_shell(tmp_path):
     "A real signal during a real training: one sentence, 130, and no traceback; then it goes on"
     command = Path(sys.executable).parent/'fgsynth_train'
     args = [command, '--preset', 'smoke', '--epochs', '500', '--out', tmp_path/'run']
-    p = subprocess.Popen(args, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
-    for line in p.stdout:
-        if line.startswith('epoch 1,') or 'Training' in line: break
-    time.sleep(.5); p.send_signal(signal.SIGINT)
-    _,err = p.communicate(timeout=120)
+    def heed(): signal.signal(signal.SIGINT, signal.SIG_DFL) # which a job in the background ignores
+    with subprocess.Popen(args, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                          preexec_fn=heed) as p:
+        try:
+            for line in p.stdout:
+                if 'Training' in line: break
+            p.send_signal(signal.SIGINT)
+            _,err = p.communicate(timeout=120)
+        finally: p.kill()
     assert p.returncode==130 and 'Traceback' not in err and '--resume' in err.splitlines()[-1], err
