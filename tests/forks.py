@@ -8,7 +8,9 @@ from pathlib import Path
 def run_script(script, args):
     "What `python script args` does, once Python is there"
     sys.argv,sys.path[0] = [script, *args],str(Path(script).parent)
-    runpy.run_path(script, run_name='__main__')
+    try: runpy.run_path(script, run_name='__main__')
+    except SystemExit as e: # the agent waits for a function that ends without returning
+        if e.code: raise
 
 def run_many(n, script, args):
     "What `torchrun --standalone --nproc_per_node n script args` does"

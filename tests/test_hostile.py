@@ -467,7 +467,7 @@ def _(d):
 def _(d):
     from fgsynth.files import locked
     with locked(d):
-        (d/'.lock').write_text('1234')
+        (d/'.lock.pid').write_text('1234')
         with locked(d): pass
 
 # Downloads

@@ -38,10 +38,26 @@ def test_the_workflow_runs_fast_tests_on_each_system_that_the_wheel_names(wheel)
         'POSIX :: Linux', 'MacOS', 'Microsoft :: Windows'}
     assert '-m "not slow"' in ' '.join(o.get('run', '') for o in jobs['systems']['steps'])
 
-def test_imports_without_nbdev(py):
+@pytest.fixture(scope='module')
+def imported():
+    "What a fresh process asked of the network, and which tools it loaded, when it imported everything"
+    code = """import json, socket, sys
+asked = []
+def no(*args, **kwargs): asked.append(repr(args)); raise OSError('no network')
+socket.socket.connect = socket.getaddrinfo = socket.create_connection = no
+import fastai.vision.all, fgsynth.all, fgsynth.runs.table
+print(json.dumps([asked, [o for o in ('nbdev','execnb','pytest') if o in sys.modules]]))"""
+    r = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True)
+    assert r.returncode==0, r.stderr
+    return json.loads(r.stdout)
+
+def test_imports_without_nbdev(imported):
     "The library itself does not need nbdev"
-    code = "import fgsynth.all, sys; print([o for o in ('nbdev','execnb','pytest') if o in sys.modules])"
-    assert py(sys.executable, '-c', code).stdout.strip()=='[]'
+    assert imported[1]==[]
+
+def test_import_needs_no_network(imported):
+    "Whoever imports the package asks nobody anything"
+    assert imported[0]==[]
 
 def test_version_agrees():
     "settings.ini and the package name the same version"
@@ -120,17 +136,6 @@ def test_survivors_have_reasons():
         if f.stem=='reasons': continue
         survived = {k for k,v in json.loads(f.read_text(encoding='utf-8')).items() if v==''}
         assert survived==set(reasons.get(f.stem, {})), f.stem
-
-def test_import_needs_no_network():
-    "Whoever imports the package asks nobody anything"
-    code = """import socket
-asked = []
-def no(*args, **kwargs): asked.append(args); raise OSError('no network')
-socket.socket.connect = socket.getaddrinfo = socket.create_connection = no
-import fastai.vision.all, fgsynth.all, fgsynth.runs.table
-assert not asked, asked"""
-    r = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True)
-    assert r.returncode==0, r.stderr
 
 def test_no_code_from_strings_and_no_shell():
     "Nothing in the modules runs text as code, or as a command of a shell"

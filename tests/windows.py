@@ -52,6 +52,7 @@ def like_windows():
         for name in 'replace','rename': m.setattr(os, name, replace)
         for name in 'unlink','remove': m.setattr(os, name, unlink)
         m.setattr(Path, 'unlink', path_unlink)
+        m.setattr(Path, 'open', open_) # Python 3.10 keeps an `open` of its own
         for name in 'replace','rename': m.setattr(Path, name, lambda a, b: (replace(a, b), Path(b))[1])
         for name in 'posix_fallocate','O_DIRECTORY': m.delattr(os, name)
         yield
