@@ -14,6 +14,7 @@ from .data.drawing import *
 from .data.finches import *
 from .data.formats import *
 from .data.images import *
+from .data.decoded import *
 from .data.items import *
 from .data.annotations import *
 from .data.folders import *

@@ -8,7 +8,8 @@ from fgsynth.data.check import check_data
 from fgsynth.data.datasets import get_dataset
 from fgsynth.data.folders import find_images, list_images
 from fgsynth.data.formats import holds_image, image_suffixes
-from fgsynth.data.images import load_images, warn_if_dark, why_unreadable
+from fgsynth.data.images import why_unreadable
+from fgsynth.data.decoded import load_images, warn_if_dark
 from tiny import blue, caught, green, red, save, solid, write
 
 def halves(size=(60,40)):

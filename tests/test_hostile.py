@@ -1,5 +1,5 @@
 """Odd and hostile input to the data path: for each kind what fgsynth answers, and the page that says so.
-`python tests/test_hostile.py` writes the page, nbs/data/14_odd.ipynb; the tests compare it with what happens."""
+`python tests/test_hostile.py` writes the page, nbs/data/18_odd.ipynb; the tests compare it with what happens."""
 import contextlib, hashlib, json, os, re, struct, tempfile, warnings, zipfile, zlib
 from pathlib import Path
 from unittest.mock import patch
@@ -8,11 +8,11 @@ from PIL import EpsImagePlugin, Image
 from fgsynth.core import InputError
 from fgsynth.data.check import check_data
 from fgsynth.data.datasets import Archive, DOWNLOADS, get_dataset
-from fgsynth.data.images import load_images
+from fgsynth.data.decoded import load_images
 from fgsynth.data.loaders import ssl_dls
 from tiny import blue, caught, green, packed, red, save, solid, white, write
 
-page = Path(__file__).resolve().parent.parent/'nbs/data/14_odd.ipynb'
+page = Path(__file__).resolve().parent.parent/'nbs/data/18_odd.ipynb'
 kinds = {}
 
 def kind(section, name):

@@ -5,8 +5,9 @@ from threading import Event
 import numpy as np, pytest, torch
 from PIL import Image
 from fgsynth.core import InputError
-from fgsynth.data import images as room
-from fgsynth.data.images import decode_image, load_images, map_threads, name_some, to_rgb
+from fgsynth.data import decoded as room
+from fgsynth.data.images import decode_image, map_threads, name_some, to_rgb
+from fgsynth.data.decoded import load_images
 
 red,green,blue,white = (255,0,0),(0,255,0),(0,0,255),(255,255,255)
 

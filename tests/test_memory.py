@@ -3,7 +3,7 @@ import pytest, torch
 from torch import Tensor
 from PIL import Image
 from fgsynth.core import InputError
-from fgsynth.data import images as images_module
+from fgsynth.data import decoded as decoded_module
 from fgsynth.data.datasets import get_dataset
 from fgsynth.data.finches import finches
 from fgsynth.data.folders import folder_items
@@ -38,11 +38,11 @@ def items(photos): return folder_items(photos)
 @pytest.fixture
 def decoded(monkeypatch):
     "The files that have been decoded, one by one"
-    seen,decode = [],images_module.decode_image
+    seen,decode = [],decoded_module.decode_image
     def note(path, size):
         seen.append(path)
         return decode(path, size)
-    monkeypatch.setattr(images_module, 'decode_image', note)
+    monkeypatch.setattr(decoded_module, 'decode_image', note)
     return seen
 
 @pytest.fixture(scope='module')

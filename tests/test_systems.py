@@ -9,7 +9,7 @@ from fastai.data.load import _FakeLoader
 from fgsynth.core import InputError
 from fgsynth.data.check import check_data
 from fgsynth.data.finches import finches
-from fgsynth.data.images import load_images
+from fgsynth.data.decoded import load_images
 from fgsynth.data.items import Items
 from fgsynth.data.loaders import labelled_dls, ssl_dls
 from fgsynth.files import common_folder, locked, name_from, save_tensors, write_json
@@ -100,7 +100,7 @@ def test_decoded_images_are_kept(windows, photos, tmp_path):
 @pytest.mark.parametrize('error', [KeyboardInterrupt, MemoryError])
 def test_decoding_that_is_stopped_leaves_nothing(windows, photos, tmp_path, monkeypatch, error):
     def stop(file, size): raise error
-    monkeypatch.setattr('fgsynth.data.images.map_threads', lambda f, xs, *args: stop(f, xs))
+    monkeypatch.setattr('fgsynth.data.decoded.map_threads', lambda f, xs, *args: stop(f, xs))
     with pytest.raises(error): load_images(sorted(photos.rglob('*.png')), 32, cache_dir=tmp_path)
     assert not list(tmp_path.iterdir())
 

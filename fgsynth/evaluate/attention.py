@@ -11,7 +11,8 @@ from collections import Counter
 from copy import deepcopy
 from fastai.basics import *
 from ..core import InputError
-from ..data.images import float_images, load_images
+from ..data.images import float_images
+from ..data.decoded import load_images
 from .features import encoder_device
 
 # %% ../../nbs/evaluate/04_attention.ipynb #4e119ae0

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ..core import InputError
 from ..distrib import failing_together, gather, gather_uneven, own_rows, world
 from ..data.crops import CutImages, kept_side
-from ..data.images import float_images, load_images, warn_unreadable
+from ..data.images import float_images, warn_unreadable
+from ..data.decoded import load_images
 from ..data.items import check_labels
 from ..nets.networks import eval_mode
 

@@ -10,7 +10,7 @@ import warnings, torch, torch.nn.functional as F
 from pathlib import Path
 from torchvision.io import decode_jpeg, encode_jpeg
 from ..core import InputError
-from ..data.images import load_images
+from ..data.decoded import load_images
 from ..data.check import data_command
 from ..nets.encoders import load_encoder
 from ..evaluate.features import features

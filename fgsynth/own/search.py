@@ -15,7 +15,8 @@ from fastcore.basics import ifnone
 from ..core import InputError
 from ..files import common_folder, name_from
 from ..cli import run_command, with_bar
-from ..data.images import decode_image, load_images, name_some, warn_unreadable, why_unreadable
+from ..data.images import decode_image, name_some, warn_unreadable, why_unreadable
+from ..data.decoded import load_images
 from ..data.folders import find_images, is_run
 from ..data.datasets import get_dataset
 from ..nets.encoders import load_encoder

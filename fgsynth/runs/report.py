@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from fastai.basics import *
 from ..core import InputError
 from ..files import locked, read_json
-from ..data.images import load_images
+from ..data.decoded import load_images
 from ..data.datasets import data_sets
 from ..data.folders import warn_user
 from ..evaluate.attention import attention_maps, attention_on_parts
