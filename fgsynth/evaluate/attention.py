@@ -98,7 +98,7 @@ def _feature_maps(encoder, size):
         if cells and cells[0]>1: found.append((name, *cells, g is not None and bool(as_map(g, cells[1]).any())))
         elif not cells and _is_grid(m, out): found.append((name, None, None, g is not None and bool(g.any())))
     unrolled = hasattr(getattr(net[0], 'body', net[0]), 'unroll') # Hiera: only its last tokens lie in rows
-    return [f for f in found if f[1]==found[-1][1]] if unrolled else found
+    return [f for f in found if f[1]==found[-1][1]] if unrolled and found else found
 
 def _is_grid(m, out):
     "May it be tokens that nobody knows how to read?"

@@ -12,7 +12,7 @@ from fastai.basics import *
 from ..core import InputError
 from ..files import load_tensors, replacing
 from ..distrib import random_states, restore_random_states
-from ..nets.networks import why
+from ..nets.networks import in_a_line
 from ..nets.encoders import load_encoder, save_encoder
 from ..evaluate.attention import attention_maps
 
@@ -155,5 +155,5 @@ def try_fit(
         raise
     except Exception as e:
         arch,method = get_model(learn.model).encoder.arch or 'This encoder',type(learn.ssl).__name__
-        raise InputError(f"{arch} cannot be trained by {method} on images of {size} pixels ({why(e)}): "
+        raise InputError(f"{arch} cannot be trained by {method} on images of {size} pixels ({in_a_line(e)}): "
                          "choose another network, method or size.") from e
