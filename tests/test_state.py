@@ -360,8 +360,9 @@ class Keeper(Callback):
         self.ns,self.learn.mine = SimpleNamespace(z=z),z
 
 def rows_of(tensor):
-    "Bytes of each row"
-    return {r.numpy().tobytes() for r in tensor.detach().contiguous().flatten(1)}
+    "Some bytes from the middle of some rows, unless they are all alike"
+    rows = [r.numpy().tobytes() for r in tensor.detach().contiguous().flatten(1)[-24:]]
+    return {o for o in (r[len(r)//2:][:64] for r in rows) if len(set(o))>8}
 
 exports = dict(mocov2=dict(), simsiam=dict(method=lambda: SimSiam(64,16)), keeper=dict(cbs=Keeper),
                pairs=dict(cbs=synth_pairs), within=dict(cbs=lambda: synth_callbacks('within')))
@@ -378,7 +379,7 @@ def test_no_image_and_no_feature_is_exported(items, tmp_path, kw):
     if hasattr(net, 'queue'): secret |= rows_of(net.queue)
     if hasattr(net, 'bank'): secret |= rows_of(net.bank.feats) | rows_of(net.bank.feats*net.bank.norms[:,None])
     if learn.__dict__.get('synth'): secret |= rows_of(learn.synth.z)
-    secret -= {bytes(len(s)) for s in secret}
+    assert len(secret)>40
     learn.save('all')
     def leaked(file):
         with zipfile.ZipFile(file) as z: everything = b''.join(z.read(n) for n in z.namelist())
@@ -451,8 +452,9 @@ def test_pictures_and_measures_do_not_disturb_the_training(drawn, items, what, g
 
 def test_measuring_the_precision_draws_aside():
     "A network with dropout, which draws in training"
+    drops = nn.Sequential(nn.Flatten(), nn.Dropout(.5), nn.Linear(3*32**2, 2))
     before = torch.get_rng_state()
-    faster_precision(nn.Sequential(nn.Flatten(), nn.Dropout(.5), nn.Linear(3*32**2, 2)), 32, 2, rounds=1)
+    faster_precision(drops, 32, 2, rounds=1)
     assert before.equal(torch.get_rng_state())
 
 class Noise(Callback):
