@@ -44,7 +44,7 @@ mutants: $(READY)  ## change the modules one operator at a time: which changes d
 
 bench: $(READY)  ## time everything, here and in other libraries (three quarters of an hour on two cores); keeps results/bench/*.json
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r benchmarks/requirements.txt
-	@for f in startup.py step.py "step.py --arch lite0 --bs 64 --out step_lite0" files.py evaluation.py growth.py; do $(BIN)/python -W ignore benchmarks/$$f || exit 1; done
+	@for f in startup.py step.py "step.py --arch lite0 --bs 64 --out step_lite0" keep.py files.py evaluation.py growth.py; do $(BIN)/python -W ignore benchmarks/$$f || exit 1; done
 
 export: $(READY)  ## write the modules from the notebooks
 	$(BIN)/nbdev_export

@@ -6,7 +6,7 @@ from fgsynth.core import InputError
 from fgsynth.data import decoded as decoded_module
 from fgsynth.data.datasets import get_dataset
 from fgsynth.data.finches import finches
-from fgsynth.data.folders import folder_items
+from fgsynth.data.layouts import folder_items
 from fgsynth.data.items import Items
 from fgsynth.data.loaders import ssl_dls
 from fgsynth.evaluate.attention import attention_on_parts
