@@ -29,7 +29,7 @@ def given_late(y):
     "Items whose labels are set afterwards"
     late = items(None); late.train_labels = y; late.test_labels = y; return late
 def noise(y):
-    cb = ClassNoise(); cb.learn = SimpleNamespace(dls=SimpleNamespace(items=given_late(y), device='cpu'))
+    cb = ClassNoise(); cb.learn = SimpleNamespace(synth=None, dls=SimpleNamespace(items=given_late(y), device='cpu'))
     cb.before_fit()
 
 one = torch.full((1,5), .5)

@@ -9,6 +9,7 @@ __all__ = ['read_rows', 'name_inside', 'name_finder', 'read_labels']
 import csv, io, os, unicodedata
 from pathlib import Path
 from ..core import InputError
+from ..files import name_from
 
 # %% ../../nbs/data/08_annotations.ipynb #6a717f93
 def read_rows(
@@ -41,8 +42,8 @@ def name_inside(
     "The name of a file in a folder"
     file = str(file).replace('\\', '/')
     if folder is not None and os.path.isabs(file):
-        ways = [os.path.relpath(f(file), f(folder)) for f in (os.path.abspath, os.path.realpath)]
-        file = next((o for o in ways if o.split(os.sep)[0]!='..'), file)
+        ways = [name_from(f(folder), f(file)) for f in (os.path.abspath, os.path.realpath)]
+        file = next((o for o in ways if o.split('/')[0]!='..' and not os.path.isabs(o)), file)
     return os.path.normpath(file).replace(os.sep, '/')
 
 # %% ../../nbs/data/08_annotations.ipynb #5b0a7a13

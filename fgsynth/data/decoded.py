@@ -6,7 +6,7 @@
 __all__ = ['warn_if_dark', 'load_images', 'load_whole']
 
 # %% ../../nbs/data/06_decoded.ipynb #de59f102
-import hashlib, os, numpy as np, torch
+import hashlib, os, warnings, numpy as np, torch
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from traceback import clear_frames

@@ -8,11 +8,12 @@ __all__ = ['image_formats', 'image_suffixes', 'holds_image', 'explain_unreadable
 # %% ../../nbs/data/04_formats.ipynb #448f929d
 import os, re
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 # %% ../../nbs/data/04_formats.ipynb #ddb5f963
-with suppress(ImportError): __import__('pillow_heif').register_heif_opener()
+with suppress(ImportError): import_module('pillow_heif').register_heif_opener()
 Image.init()
 _wanted = 'JPEG PNG GIF WEBP TIFF BMP PPM AVIF HEIF JPEG2000 DDS DIB PCX PSD QOI SGI SUN TGA'.split()
 image_formats = [o for o in _wanted if o in Image.OPEN]
@@ -34,6 +35,12 @@ _others = {b'%!PS':'PostScript', b'%PDF':'PDF', b'PK':'an archive', b'\x1f\x8b':
            b'\x93NUMPY':'a NumPy array', b'version https://git-lfs':'a pointer of Git LFS'}
 _heic = b'ftypheic',b'ftypheix',b'ftypmif1'
 
+def _begins(head, name):
+    "Does a file that begins so belong to a format, as far as Pillow can tell from so few bytes?"
+    accept = Image.OPEN[name][1]
+    try: return bool(accept and accept(head[:16]))
+    except Exception: return False # it is too short
+
 def _contents(
     head:bytes, # The first bytes of a file that cannot be read as an image
 )->str:
@@ -42,7 +49,7 @@ def _contents(
     if known or not head: return known[0] if known else 'empty'
     if head[128:132]==b'DICM': return 'DICOM'
     if head[4:12] in _heic: return 'HEIC, for which pillow-heif has to be installed'
-    if any(accept and accept(head[:16]) for _,accept in map(Image.OPEN.get, image_formats)): return 'cut off or damaged'
+    if any(_begins(head, o) for o in image_formats): return 'cut off or damaged'
     if b'\0' in head: return 'no image'
     return 'a web page' if re.search(b'<html|<!doctype html', head.lower()) else 'text'
 

@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from fastcore.basics import defaults
 from PIL import Image, ImageOps
-from ..core import InputError
 from ..cli import with_bar
 from .formats import explain_unreadable, image_formats
 

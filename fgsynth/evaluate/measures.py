@@ -69,8 +69,8 @@ def evaluate(
 )->dict: # 'top1_100' and so on by `pcts`, 'decoded_top1' with a decoder, and `search_measures`; in percent
     "Linear probe, retrieval and kNN from one pass over the images"
     say = progress or (lambda s: None)
-    x_test,y_test,_ = labelled_split(items, 'test', size)
     x,y,good = labelled_split(items, 'train', size, keep if augment else 1.)
+    x_test,y_test,_ = labelled_split(items, 'test', size)
     z,z_test = [features(encoder, o, bs=bs, device=device, distributed=distributed) for o in (x,x_test)]
     say(f'features of {len(z):,} training and {len(z_test):,} test images')
     res,n_classes = {}, int(max(y.max(), y_test.max()))+1

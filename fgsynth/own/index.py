@@ -6,7 +6,7 @@
 __all__ = ['write_index', 'ImageIndex']
 
 # %% ../../nbs/own/00_index.ipynb #22a686ae
-import hashlib, json, sys, warnings, torch, torch.nn.functional as F
+import hashlib, json, os, sys, warnings, torch, torch.nn.functional as F
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
