@@ -59,11 +59,11 @@ def test_every_method(launch, n=3):
     names = [l.split()[0] for l in said.splitlines() if '{' in l]
     assert names==['byol','dino','mocov2','mocov2','simclr','simsiam'], said
 
-def test_collectives_get_nothing_but_through_the_door(tmp_path):
+def test_collectives_get_nothing_but_through_the_door(launch, tmp_path):
     "Where the copy that travels is another tensor, as on NCCL, trainings and measures are what they are"
     launch(2, here/'ranks.py', 'door', tmp_path/'measures2.pt')
 
-def test_what_one_process_does_alone_leaves_nobody_waiting(tmp_path):
+def test_what_one_process_does_alone_leaves_nobody_waiting(launch, tmp_path):
     said = launch(2, here/'ranks.py', 'alone', tmp_path).stdout
     assert '0 InputError' in said and '1 ZeroDivisionError' in said
 
