@@ -6,7 +6,7 @@
 __all__ = ['load_weights', 'create_encoder', 'stages', 'save_encoder', 'read_info', 'load_encoder']
 
 # %% ../../nbs/nets/01_encoders.ipynb #e4385f6e
-import json, re, sys
+import json, re, sys, torch
 from collections import Counter
 from copy import deepcopy
 from pathlib import Path
