@@ -6,7 +6,7 @@
 __all__ = ['data_sets', 'published', 'Archive', 'DOWNLOADS', 'get_dataset']
 
 # %% ../../nbs/data/13_datasets.ipynb #0bcff9c9
-import hashlib, inspect, os, tarfile, torch
+import hashlib, inspect, os, tarfile, torch, warnings
 from collections import namedtuple
 from pathlib import Path
 from ..core import InputError, check_name
