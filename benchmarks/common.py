@@ -12,6 +12,12 @@ def now():
     if torch.cuda.is_available(): torch.cuda.synchronize()
     return time.perf_counter()
 
+def in_a_row(f, n):
+    "Call `f` `n` times; the seconds of each call"
+    ts = []
+    for _ in range(n): t = now(); f(); ts.append(now()-t)
+    return ts
+
 def alternate(fs, rounds=5, warm=1):
     "Call each function of the dict `fs` in turn, `rounds` times; the seconds of each, without the first `warm`"
     res = {k:[] for k in fs}

@@ -2,16 +2,14 @@
 from fastcore.script import call_parse
 from fastai.vision.all import *
 from fgsynth.all import *
-from common import alternate, now, rows_of, save
+from common import alternate, in_a_row, rows_of, save
 from step import stepper
 
 def viewer(dls, learn, n):
     "Fetch `n` batches and make their clean images and views"
     def f():
-        batches,ts = iter(dls.train),[]
-        for _ in range(n):
-            t = now(); x,_ = next(batches); learn.ssl.views(x); ts.append(now()-t)
-        return ts
+        batches = iter(dls.train)
+        return in_a_row(lambda: learn.ssl.views(next(batches)[0]), n)
     return f
 
 @call_parse

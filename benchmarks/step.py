@@ -5,7 +5,7 @@ from copy import deepcopy
 from fastcore.script import call_parse
 from fastai.vision.all import *
 from fgsynth.all import *
-from common import alternate, gtsrb, now, rows_of, save
+from common import alternate, gtsrb, in_a_row, now, rows_of, save
 
 class Clock(Callback):
     "Stop after `n` steps and keep the seconds of each but the first, which also fetches the first batch"
@@ -66,9 +66,5 @@ def main(
     learners['half of the batch, bf16'] = new(synth_pairs(**{**kw, 'features':None}), precision='bf16')
     fs = {k:stepper(l, steps) for k,l in learners.items()}
     b = bare(learners['MoCo v2'], bs, size)
-    def passes():
-        ts = []
-        for _ in range(steps-1): t = now(); b(); ts.append(now()-t)
-        return ts
-    times = alternate({'bare passes':passes, **fs}, rounds)
+    times = alternate({'bare passes':lambda: in_a_row(b, steps-1), **fs}, rounds)
     save(out, f'A step of {arch}, {size} pixels, batch {bs}', rows_of(times, 'MoCo v2'), arch=arch, size=size, bs=bs)

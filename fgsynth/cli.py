@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['parse_given', 'is_interactive', 'with_bar', 'without_foreign_bars', 'warnings_as_sentences', 'if_interrupted',
-           'as_sentences', 'spell_out', 'run_command']
+           'as_sentences', 'spell_out', 'as_command', 'run_command']
 
 # %% ../nbs/03_cli.ipynb #3ae330b7
 import argparse, io, sys, warnings
@@ -94,14 +94,21 @@ def spell_out(
     for f in streams or (sys.stdout, sys.stderr):
         if hasattr(f, 'reconfigure'): f.reconfigure(errors='backslashreplace')
 
+# %% ../nbs/03_cli.ipynb #dcdefe1f
+@contextmanager
+def as_command(
+    prog:str, # Name of the command
+):
+    "Inside, a program speaks in sentences that any terminal can show"
+    spell_out()
+    with as_sentences(prog):
+        with warnings_as_sentences(prog): yield
+        close_group()
+
 # %% ../nbs/03_cli.ipynb #65d2d300
 def run_command(
     f, # A function with docments
     prog:str, # Name of the command
 ):
     "Call `f` with the arguments of the command line; an `InputError` ends the program with its sentence"
-    spell_out()
-    given = parse_given(f, prog)
-    with as_sentences(prog):
-        with warnings_as_sentences(prog): f(**given)
-        close_group()
+    with as_command(prog): f(**parse_given(f, prog))

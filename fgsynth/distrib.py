@@ -161,12 +161,16 @@ def own_rows(
     return slice(n*rank()//world(), n*(rank()+1)//world())
 
 # %% ../nbs/02_distrib.ipynb #3a075928
+def _numpy_state(state):
+    "A state of NumPy as plain values and a tensor"
+    name,keys,*rest = state
+    return name, torch.from_numpy(keys.astype(np.int64)), *rest
+
 def random_states(
     device:torch.device, # Where the numbers are drawn
 )->dict: # For `restore_random_states`
     "The random states of Python, NumPy, PyTorch and the device"
-    name,keys,*rest = np.random.get_state()
-    numpy = (name, torch.from_numpy(keys.astype(np.int64)), *rest)
+    numpy = _numpy_state(np.random.get_state())
     res = dict(python=random.getstate(), numpy=numpy, torch=torch.get_rng_state())
     if device.type!='cpu': res['device'] = getattr(torch, device.type).get_rng_state(device)
     return res
@@ -186,10 +190,9 @@ def restore_random_states(
 # %% ../nbs/02_distrib.ipynb #169be9dd
 def _states_of_seed(seed, device):
     "The states that a seed leads to, as `random_states` has them; no generator is touched"
-    name,keys,*rest = np.random.RandomState(seed % 2**32).get_state()
     def state(where): return torch.Generator(where).manual_seed(seed).get_state()
-    res = dict(python=random.Random(seed).getstate(), torch=state('cpu'),
-               numpy=(name, torch.from_numpy(keys.astype(np.int64)), *rest))
+    numpy = _numpy_state(np.random.RandomState(seed % 2**32).get_state())
+    res = dict(python=random.Random(seed).getstate(), numpy=numpy, torch=state('cpu'))
     return res if device.type=='cpu' else {**res, 'device':state(device)}
 
 # %% ../nbs/02_distrib.ipynb #a3393a76

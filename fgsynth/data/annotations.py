@@ -6,10 +6,11 @@
 __all__ = ['read_rows', 'name_inside', 'name_finder', 'read_labels']
 
 # %% ../../nbs/data/08_annotations.ipynb #5b0a7a06
-import csv, io, os, unicodedata
+import csv, io, os
 from pathlib import Path
 from ..core import InputError
 from ..files import name_from
+from .items import class_name
 
 # %% ../../nbs/data/08_annotations.ipynb #6a717f93
 def read_rows(
@@ -51,11 +52,10 @@ def name_finder(
     names, # The names that are there
 ): # Function from a name to the one of `names` that it means, or None
     "Find names whose letters are composed in another way"
-    def composed(name): return unicodedata.normalize('NFC', name)
     alike = {}
-    for o in names: alike.setdefault(composed(o), []).append(o)
+    for o in names: alike.setdefault(class_name(o), []).append(o)
     def find(name):
-        found = alike.get(composed(name), [])
+        found = alike.get(class_name(name), [])
         return name if name in found else found[0] if len(found)==1 else None
     return find
 

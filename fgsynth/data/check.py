@@ -9,12 +9,11 @@ __all__ = ['DataCheck', 'check_data', 'data_command']
 import argparse, hashlib, io, os, warnings, pandas as pd, torch
 from collections import Counter, namedtuple
 from pathlib import Path
-from contextlib import suppress
-from PIL import Image, ImageOps
+from PIL import Image
 from fastcore.basics import patch
 from ..files import common_folder, name_from
-from ..cli import as_sentences, spell_out, warnings_as_sentences
-from .images import decode_image, map_threads, name_some, to_rgb, why_unreadable
+from ..cli import as_command
+from .images import decode_image, map_threads, name_some, to_rgb, upright, why_unreadable
 from .sources import SOURCES
 from .datasets import data_sets, get_dataset, published
 
@@ -27,7 +26,7 @@ def _is_flat(x): return int((x.amax((1,2)).int()-x.amin((1,2)).int()).max())<=16
 # %% ../../nbs/data/14_check.ipynb #9066ad9b
 def _digest_pixels(im):
     "The same for the same picture, whatever else its file holds"
-    with suppress(Exception): im = ImageOps.exif_transpose(im)
+    im = upright(im)
     if im.mode[0] not in 'IF': im = to_rgb(im) # grey of more than 8 bits stays as it is
     digest = hashlib.sha256(f'{im.mode} {im.size}'.encode())
     digest.update(im.tobytes())
@@ -289,9 +288,8 @@ def data_command(
     near, # Function from a `DataCheck` and the folder of a run to sentences, for `--near`
 ):
     "The command `fgsynth_data`"
-    spell_out()
-    a = _parser().parse_args()
-    with as_sentences('fgsynth_data'), warnings_as_sentences('fgsynth_data'):
+    with as_command('fgsynth_data'):
+        a = _parser().parse_args()
         if a.what=='list': _list_data_sets()
         elif a.what=='download': print(get_dataset(a.name, a.path, download=True))
         else:

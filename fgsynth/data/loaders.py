@@ -11,8 +11,8 @@ from torch.utils.data import get_worker_info
 from fastai.vision.all import *
 from ..core import InputError
 from ..distrib import own_device
-from .crops import cut_images, kept_side
-from .images import decode_image, decode_whole, resize_square, squash, warn_unreadable, why_unreadable
+from .crops import KEEP, cut_images, kept_side
+from .images import decode_image, decode_whole, none_readable, resize_square, squash, warn_unreadable
 from .items import label_fraction
 
 # %% ../../nbs/data/17_loaders.ipynb #ccd97417
@@ -46,15 +46,15 @@ def __getitem__(self:ImageDS, i):
     return self._resized(i) if isinstance(self.images, torch.Tensor) else self._read(i)
 
 @patch
-def _item(self:ImageDS, x, i, aspect):
-    return (TensorImage(x), self.y[i]) + (() if self.side is None else (torch.as_tensor(aspect, dtype=torch.float32),))
+def _item(self:ImageDS, x, i, aspect=None): # None: it is a centre square
+    return (TensorImage(x), self.y[i]) + (() if aspect is None else (torch.as_tensor(aspect, dtype=torch.float32),))
 
 # %% ../../nbs/data/17_loaders.ipynb #7805de16
 @patch
 def _resized(self:ImageDS, i):
     "The image in memory at `i`, brought to size"
     x = self.images[int(self.rows[i])][None]
-    if self.side is None: return self._item(resize_square(x, self.size)[0], i, None)
+    if self.side is None: return self._item(resize_square(x, self.size)[0], i)
     return self._item(squash(x, self.side)[0], i, x.shape[-1]/x.shape[-2])
 
 @patch
@@ -65,7 +65,7 @@ def _read(self:ImageDS, i):
         j %= len(self)
         file = self.images[int(self.rows[j])]
         try:
-            if self.side is None: return self._item(decode_image(file, self.size), j, None)
+            if self.side is None: return self._item(decode_image(file, self.size), j)
             x,aspect = decode_whole(file, self.side)
             return self._item(x, j, aspect)
         except Exception: self.unreadable[j] = True
@@ -103,9 +103,7 @@ def report(self:ImageDS):
     "Name the unreadable images met since the last report"
     if not len(self) or not self.unreadable.any(): return
     if self.unreadable.all():
-        first = self.images[int(self.rows[0])]
-        raise InputError(f"None of the {len(self):,} images can be read (the first is {first}: "
-                         f"{why_unreadable(first)}): check that they are image files.")
+        raise none_readable(len(self), self.images[int(self.rows[0])])
     new = (self.unreadable & ~self.reported).nonzero()[:,0]
     self.reported |= self.unreadable
     if len(new): warn_unreadable([self.images[i] for i in self.rows[new].tolist()], len(self))
@@ -211,7 +209,7 @@ def ssl_dls(
     seed:int=0, # Seed of that hold-out
     device=None, # Where batches go; default: fastai's
     cache='auto', # Decode once and keep in memory? True, False, or 'auto': as described above
-    keep:float=2., # Side of the whole pictures that views are cut from, as a multiple of `size`; 1: centre squares
+    keep:float=KEEP, # Side of the whole pictures that views are cut from, as a multiple of `size`; 1: centre squares
 )->DataLoaders: # batches (x, i): TensorImage float (B, 3, size, size) in [0, 1], LongTensor (B,) of indices
     "Clean, unlabelled training images in random order, on the device"
     _check_size(size, bs)

@@ -75,9 +75,9 @@ def _in_attention(net):
     kind = re.compile(r'(attention|attn)(\d?d)?(downsample)?$', re.I)
     return tuple(f'{name}.' for name,m in net.named_modules() if kind.search(type(m).__name__))
 
-def _layouts(net, outputs):
+def _layouts(outputs, inside):
     "Where the channels are in outputs of each shape that some layer's type gives away"
-    inside,found = _in_attention(net),{}
+    found = {}
     for name,m,out in outputs:
         if not name.startswith(inside) and (c := _channels(m, out)): found.setdefault(tuple(out.shape), set()).add(c)
     return {shape:c.pop() for shape,c in found.items() if len(c)==1}
@@ -89,7 +89,8 @@ def _feature_maps(encoder, size):
     net = _copy_to_explain(encoder, None)
     x = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     outputs,z = _outputs(net[0], x.to(encoder_device(encoder)).requires_grad_())
-    layouts,inside = _layouts(net[0], outputs),_in_attention(net[0])
+    inside = _in_attention(net[0])
+    layouts = _layouts(outputs, inside)
     n_prefix = getattr(getattr(net[0], 'body', net[0]), 'num_prefix_tokens', 0)
     found = []
     for (name,m,out),g in zip(outputs, _reach(outputs, z)):

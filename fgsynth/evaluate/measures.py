@@ -9,6 +9,7 @@ __all__ = ['search_measures', 'decoded_features', 'evaluate']
 import torch
 from contextlib import nullcontext
 from torch import nn
+from ..data.crops import KEEP
 from ..data.items import label_fraction
 from ..nets.networks import eval_mode
 from .features import features, labelled_split
@@ -64,7 +65,7 @@ def evaluate(
     distributed:bool=False, # Images and queries shared out over the processes, all of which call this?
     augment:bool=False, # Probe through new random crops in every epoch (full protocol)?
     flip:float=0.5, # Probability of mirroring these crops; 0 for images such as traffic signs
-    keep:float=2., # Side of the pictures that these crops are cut from, as a multiple of `size`
+    keep:float=KEEP, # Side of the pictures that these crops are cut from, as a multiple of `size`
     **kw, # Passed to `fit_probe`
 )->dict: # 'top1_100' and so on by `pcts`, 'decoded_top1' with a decoder, and `search_measures`; in percent
     "Linear probe, retrieval and kNN from one pass over the images"

@@ -14,6 +14,7 @@ from fastai.learner import Learner
 from ..core import InputError, check_name
 from ..distrib import seeded
 from ..data.items import check_labels, label_fraction
+from ..data.crops import KEEP
 from ..data.views import Views
 from .features import ask_encoder, check_features, encoder_device, features, labelled_split
 
@@ -158,7 +159,7 @@ def linear_probe(
     scale:tuple=_scale, # Range of the crop's area where `augment` (MoCo's main_lincls.py)
     ratio:tuple=_ratio, # Range of its width over its height (the same)
     flip:float=0.5, # Probability of mirroring where `augment`; 0 for images such as traffic signs
-    keep:float=2., # Side of the pictures that crops are cut from where `augment`, as a multiple of `size`
+    keep:float=KEEP, # Side of the pictures that crops are cut from where `augment`, as a multiple of `size`
     top5:bool=False, # Return `(top1, top5)`?
     bs:int=128, # Largest size of a batch (appendix B.3: 128)
     device=None, # Where the encoder runs; None: where it is

@@ -13,6 +13,7 @@ from copy import deepcopy
 from torch import Tensor, nn
 from ..core import InputError, check_name
 from ..cli import is_interactive
+from ..distrib import seeded
 from ..files import load_tensors
 
 # %% ../../nbs/nets/00_networks.ipynb #a4e19b22
@@ -136,8 +137,7 @@ def cut_head(
 # %% ../../nbs/nets/00_networks.ipynb #2db6f539
 def _passes(net, x):
     "Output of a forward pass in training mode that a backward pass could follow; the random states stay"
-    with torch.enable_grad(), torch.random.fork_rng([x.device] if x.device.type=='cuda' else []):
-        torch.manual_seed(0)
+    with torch.enable_grad(), seeded(0, x.device):
         z = net.train()(x)
         if isinstance(z, Tensor): z.float().pow(2).mean().backward()
     return z

@@ -13,7 +13,7 @@ from pathlib import Path
 from fastcore.basics import ifnone, patch
 from ..core import InputError
 from ..files import replace_file, replacing
-from ..data.images import why_unreadable
+from ..data.images import none_readable
 
 # %% ../../nbs/own/00_index.ipynb #70f6295b
 def _write_blocks(file, blocks):
@@ -46,8 +46,7 @@ def write_index(
     files,norms = _write_blocks(folder/'new.f16', blocks)
     if not files:
         first = asked[0][0] if asked else '-'
-        raise InputError(f"None of the {len(asked):,} images in {root} can be read (the first is {first}: "
-                         f"{why_unreadable(Path(root)/first)}): check that they are image files.")
+        raise none_readable(len(asked), first, Path(root)/first, f' in {root}')
     found = {name for name,*_ in files}
     about = dict(root=os.path.abspath(root), encoder=encoder,
                  dim=(folder/'new.f16').stat().st_size//2//len(files), files=files,

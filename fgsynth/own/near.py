@@ -6,11 +6,11 @@
 __all__ = ['slightly_altered', 'near_duplicates', 'near_findings', 'fgsynth_data']
 
 # %% ../../nbs/own/04_near.ipynb #6c1b8a06
-import warnings, torch, torch.nn.functional as F
+import torch, torch.nn.functional as F
 from pathlib import Path
 from torchvision.io import decode_jpeg, encode_jpeg
 from ..core import InputError
-from ..data.decoded import load_images
+from ..data.decoded import load_images, load_quietly
 from ..data.check import data_command
 from ..nets.encoders import load_encoder
 from ..evaluate.features import features
@@ -33,10 +33,8 @@ def _block_features(encoder, images, block=1024):
     "Features (M, d) of those of many images that can be read, and their positions (M,)"
     zs,at = [torch.zeros(0)],[torch.zeros(0).long()]
     for i in range(0, len(images), block):
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore') # of files that cannot be read: a check names them
-            try: x,good = load_images(images[i:i+block], encoder.info['image_size'], progress=False)
-            except InputError: continue
+        x,good = load_quietly(images[i:i+block], encoder.info['image_size']) # a check names what cannot be read
+        if not len(good): continue
         zs.append(features(encoder, x, bs=64))
         at.append(good+i)
     return torch.cat(zs[1:] or zs),torch.cat(at)

@@ -16,7 +16,7 @@ from ..core import InputError
 from ..files import common_folder, name_from
 from ..cli import run_command, with_bar
 from ..data.images import decode_image, name_some, warn_unreadable, why_unreadable
-from ..data.decoded import load_images
+from ..data.decoded import load_quietly
 from ..data.folders import find_images, is_run
 from ..data.datasets import get_dataset
 from ..nets.encoders import load_encoder
@@ -88,10 +88,8 @@ def _old_blocks(folder, same, size=65_536):
 # %% ../../nbs/own/01_search.ipynb #fb34e03d
 def _encode(encoder, files, bs):
     "Features of the images that can be read, and their positions among `files`"
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore') # of single images: one warning for all comes at the end
-        try: x,good = load_images(files, encoder.info['image_size'], progress=False)
-        except InputError: return None,[] # none of them can be read
+    x,good = load_quietly(files, encoder.info['image_size'])
+    if not len(good): return None,[]
     z = features(encoder, x, bs=bs)
     if not z.isfinite().all():
         raise InputError("The features are not finite (NaN or infinite): the encoder has diverged, so train again with "

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from fastai.basics import *
 from ..core import InputError
 from ..files import load_tensors, replacing
-from ..distrib import random_states, restore_random_states
+from ..distrib import seeded
 from ..nets.networks import in_a_line
 from ..nets.encoders import load_encoder, save_encoder
 from ..evaluate.attention import attention_maps
@@ -124,13 +124,13 @@ def callbacks_by_name(
 @contextmanager
 def _as_before(learn):
     "Afterwards buffers, gradients and random states are what they were"
-    device,buffers = learn.dls.device,list(learn.model.buffers())
-    before,states = [b.clone() for b in buffers],random_states(device)
-    try: yield
+    buffers = list(learn.model.buffers())
+    before = [b.clone() for b in buffers]
+    try:
+        with seeded(0, learn.dls.device): yield
     finally:
         for b,was in zip(buffers, before): b.copy_(was)
         learn.model.zero_grad(set_to_none=True)
-        restore_random_states(states, device)
 
 # %% ../../nbs/runs/02_checkpoints.ipynb #c5081075
 def _try_files(learn, x, tmp):

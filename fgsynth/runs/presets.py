@@ -16,7 +16,8 @@ from fastcore.meta import delegates
 from fastcore.script import store_true
 from fastai.optimizer import Adam, Larc
 from ..core import InputError, check_name
-from ..data.datasets import data_sets
+from ..data.crops import KEEP
+from ..data.datasets import is_data_set
 from ..methods.learner import methods, ssl_learner
 from ..synth.callbacks import DecoderCallback, PerturbCallback, SynthCallback, SynthPairCallback
 from ..synth.controls import synth_modes
@@ -111,7 +112,7 @@ class Settings:
         preset:str=None, # Settings for what is not given here: paper, cpu, smoke, ..., or your own file, *.toml
         arch:str='resnet18', # Encoder: any classifier of torchvision or timm
         size:int=64, # Height and width of the images in pixels, 32 or more
-        keep:float=2., # Side of the pictures that views are cut from, as a multiple of `size`; 1: centre squares
+        keep:float=KEEP, # Side of the pictures that views are cut from, as a multiple of `size`; 1: centre squares
         bs:int=128, # Images in a batch
         method:str='mocov2', # Self-supervised method: mocov2, simsiam, simclr, byol or dino
         synth:str='both', # Pairs: none, both noises, cam, low_var, random; reconstruction, jitter, views or within
@@ -217,7 +218,7 @@ def paths(self:Settings)->list: # Names of settings
     "The settings that hold the path of a file or folder"
     names = [k for k in ('path','cache_dir','weights') if getattr(self, k)]
     if str(self.preset).endswith('.toml'): names.append('preset')
-    is_folder = str(self.data).lower() not in data_sets and Path(self.data).expanduser().is_dir()
+    is_folder = not is_data_set(self.data) and Path(self.data).expanduser().is_dir()
     return [*names, 'data'] if is_folder else names
 
 # %% ../../nbs/runs/00_presets.ipynb #0b91c6b8

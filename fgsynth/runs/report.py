@@ -13,7 +13,7 @@ from fastai.basics import *
 from ..core import InputError
 from ..files import locked, read_json
 from ..data.decoded import load_images
-from ..data.datasets import data_sets
+from ..data.datasets import is_data_set
 from ..data.folders import warn_user
 from ..evaluate.attention import attention_maps, attention_on_parts
 from ..show.pictures import find_neighbours, history, show_attention, show_health, show_noise, show_pairs
@@ -110,7 +110,7 @@ def images_of_run(
 )->tuple: # Name or folder, and where the data set lies: what `get_dataset` takes
     "What a run was trained on, if it is where it was"
     data,lay = settings['data'],settings.get('path')
-    if str(data).lower() not in data_sets: return _noted_place(data, '--data'),path or lay
+    if not is_data_set(data): return _noted_place(data, '--data'),path or lay
     return data, path or (lay and _noted_place(lay, '--path'))
 
 # %% ../../nbs/runs/01_report.ipynb #545a3ec5

@@ -16,7 +16,7 @@ from ..files import locked, read_json, write_csv, write_json
 from ..distrib import failing_together, fastai_distributed, own_device, rank, sum_over_processes, world
 from ..cli import if_interrupted, run_command
 from ..data.images import float_images
-from ..data.datasets import data_sets, get_dataset
+from ..data.datasets import get_dataset, is_data_set
 from ..data.loaders import ssl_dls
 from ..nets.encoders import save_encoder
 from ..methods.learner import methods, ssl_learner
@@ -104,7 +104,7 @@ _places = 'data','weights'
 
 def _moved(old, new):
     "Are these two paths of one thing, seen from two folders or before it was moved and afterwards?"
-    if not (old and new) or str(old).lower() in data_sets: return False
+    if not (old and new) or is_data_set(old): return False
     old,new = map(os.path.abspath, (old, new))
     return old==new or os.path.basename(old)==os.path.basename(new) and not os.path.exists(old)
 
