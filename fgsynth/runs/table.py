@@ -69,13 +69,14 @@ experiments = dict(
     sigma_cam=vary('sigma_cam', 0., 1., 3., 6.),
     sigma_var=vary('sigma_var', 0., 1., 3., 6.),
     beta=vary('beta', 0., 0.5, 1.0),
+    keep=vary('keep', 1., 1.5, 2., 3., synth='none'),
 )
 
 # %% ../../nbs/runs/07_table.ipynb #f0ab71c8
 _measures = 'seconds top1_100 top1_50 top1_20 rank1 rank5 map rank1_gallery map_gallery'.split()
 _first = 'experiment data encoder size method synth seed epochs'.split()
 _method = 'K mask_same_image temperature opt wd teacher'.split()
-_train = 'bs lr schedule head_mult frozen_stages layer_decay momentum pretrained frozen_bn'.split() + _method
+_train = 'keep bs lr schedule head_mult frozen_stages layer_decay momentum pretrained frozen_bn'.split() + _method
 _pair = 'lam max_pairs anchor features'.split()
 _decoder = 'pretrain_epochs update decoder_lr decoder_width decoder_grid decoder_draw beta'.split()
 _noise = 'sigma_cam sigma_var tau target norm absolute distance augment residual'.split()
@@ -160,10 +161,12 @@ def measure_run(
                 **measures, commit=code_commit(), machine=machine_name(), torch=torch.__version__)
 
 # %% ../../nbs/runs/07_table.ipynb #53099fed
+_before = dict(keep=1.) # how runs were before there was the setting, where that is not the default
+
 def _read_text(path):
     "The file as text, with the columns of today"
     if not path.is_file(): return pd.DataFrame(columns=run_columns, dtype=str)
-    df,default = pd.read_csv(path, dtype=str, keep_default_na=False),Settings().as_dict()
+    df,default = pd.read_csv(path, dtype=str, keep_default_na=False),{**Settings().as_dict(), **_before}
     for c in _train:
         if c not in df: df[c] = _as_text(default[c])
     missing = [c for c in run_columns if c not in df and default.get(c, '') is not None]
@@ -225,6 +228,7 @@ def run_missing(
     missing:list, # `Settings` of runs that share their images
     out:Path, # File to add rows to
     split:str='test', # 'test', or 'validation': on a third of the training images, held out by group
+    data:str=None, # Name or folder of their images, where the settings call them something else
     **about, # More cells of each row
 ):
     "Run one after the other, and add its row to the file when it ends"
@@ -232,7 +236,7 @@ def run_missing(
     for i,s in enumerate(missing, 1):
         if len(find_runs(read_runs(out), s, split)): continue # somebody else has run it meanwhile
         if items is None:
-            items = run_items(s.data, s.path, s.size)
+            items = run_items(data or s.data, s.path, s.size)
             if split=='validation': items = hold_out(items)
         start = time.time()
         row = measure_run(s, items, split)
@@ -273,6 +277,7 @@ def table(
     name:str, # headline, controls, pairs, decoder, detail, simsiam, length, norm, ... (`experiments`), or shake
     data:str='gtsrb', # Name of a labelled data set, or a folder with one sub-folder per class
     path:str=None, # Where the data set lies
+    called:str=None, # What the rows call the data set; by default its name, or the absolute path of a folder
     seeds:int=5, # Runs of each configuration
     first_seed:int=0, # Seed of the first of them
     preset:str='cpu', # Settings in common: cpu, drawing, scratch, paper, paper_simsiam or smoke
@@ -288,11 +293,11 @@ def table(
     if name=='shake':
         with if_interrupted('the same command goes on with what is missing'):
             return shake_runs(out.parent/'shake.csv', seeds, preset, data, path)
-    wanted = wanted_runs(name, seeds, preset, data=data, path=path)
+    wanted = wanted_runs(name, seeds, preset, data=called or data, path=path)
     missing = [s for s in wanted if not len(find_runs(read_runs(out), s, split))]
     print(f'{name}: {len(wanted)} runs, {len(missing)} to do')
     with if_interrupted(f'the same command goes on with what {out} lacks'):
-        if not dry_run: run_missing(missing, out, split, experiment=name, preset=preset)
+        if not dry_run: run_missing(missing, out, split, data, experiment=name, preset=Path(preset).stem)
     runs = read_runs(out)
     return pd.concat([find_runs(runs, s, split) for s in wanted]).drop_duplicates()
 
