@@ -45,7 +45,7 @@ setuptools.setup(
     project_urls = project_urls,
     packages = setuptools.find_packages(include=[cfg['lib_name']+'*']),
     include_package_data = True,
-    package_data = {cfg['lib_name']: ['presets/*.toml']},
+    package_data = {cfg['lib_name']: ['presets/*.toml', 'example/*']},
     install_requires = shlex.split(cfg.get('requirements', '')),
     extras_require = extras | {'dev': sum(extras.values(), [])}, # developers test them all
     python_requires = '>=' + cfg['min_python'],

@@ -52,6 +52,7 @@ from .synth.decoding import *
 from .synth.callbacks import *
 from .synth.synthesizer import *
 from .synth.controls import *
+from .synth.example import *
 
 # %% ../nbs/04_all.ipynb #b20f6ec6
 from .evaluate.features import *

@@ -5,6 +5,7 @@ import pytest
 from repo import cells, copy_repository, directives, hidden, ids, is_exported, module_of, modules
 from repo import nbs, nbs_dir, only_imports, root, source
 
+fastais = {'load','export','predict','show_results','add_cb','add_cbs','show_batch'} # learners have these anyway
 wings = 'data nets methods synth evaluate show runs own'.split() # in the order in which an image travels through them
 
 def reading_order():
@@ -42,6 +43,33 @@ def test_imports_go_downwards(file):
         assert other in order, f'{me} imports {other}, which is no module'
         assert order[other]<order[me], f'{me} imports {other}, which comes after it'
         assert name[:1]!='_', f'{me} imports the private {name} of {other}'
+
+def _closure(module, below):
+    "All modules that a module imports, directly or not"
+    todo,seen = [module],set()
+    while todo:
+        new = below[todo.pop()] - seen
+        seen |= new; todo += new
+    return seen
+
+def _patched(tree):
+    "Names of the methods that a module gives to learners"
+    for o in ast.walk(tree):
+        if not isinstance(o, ast.FunctionDef) or 'patch' not in map(ast.unparse, o.decorator_list): continue
+        if ast.unparse(o.args.args[0].annotation or ast.Constant(0)) in ('Learner','SSLLearner'): yield o.name
+
+def test_methods_of_learners_come_with_what_a_module_imports():
+    "Whoever calls learn.attention_maps(...) imports the module that gives it to learners, directly or not"
+    files = {m:root/'fgsynth'/f"{m.replace('.', '/')}.py" for m in reading_order()}
+    code = {m:ast.parse(f.read_text(encoding='utf-8')) for m,f in files.items()}
+    below = {m:{o for o,_ in imported(f)} for m,f in files.items()}
+    gives = {m:set(_patched(t)) - fastais for m,t in code.items()}
+    for m,tree in code.items():
+        known = _closure(m, below) | {m}
+        for o in ast.walk(tree):
+            if not isinstance(o, ast.Attribute): continue
+            givers = {g for g,names in gives.items() if o.attr in names}
+            assert not givers or givers & known, f'{m} calls {o.attr}, which comes from {givers}'
 
 def _lines(file):
     "(line, what a line may have at most) of a file"

@@ -82,7 +82,7 @@ def wheel(tmp_path_factory):
 def test_wheel_holds_every_wing(wheel):
     "Modules, presets, licence and commands"
     z = zipfile.ZipFile(wheel); names = z.namelist()
-    presets = [o for o in (root/'fgsynth/presets').glob('*.toml')]
+    presets = [*(root/"fgsynth/presets").glob("*.toml"), *(root/"fgsynth/example").iterdir()]
     assert {o.relative_to(root).as_posix() for o in [*modules, *presets]} <= set(names) and presets
     assert any(o.endswith('LICENSE') for o in names)
     assert not [o for o in names if not o.startswith('fgsynth')]

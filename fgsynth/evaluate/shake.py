@@ -12,6 +12,7 @@ from ..core import InputError
 from ..data.images import float_images, name_some
 from ..data.items import check_labels
 from ..synth.perturb import cam_scores
+from ..synth.decoding import pretrain_where_needed
 from .features import features, labelled_split
 from .probe import fit_probe, top_k
 
@@ -91,7 +92,7 @@ def match_distance(
 def _train_on_frozen(learn, pretrain_epochs, head_epochs, head_lr):
     "Train the decoder and then the heads; the encoder stays as it is"
     with learn.no_bar(), learn.no_logging(), torch.enable_grad():
-        learn.pretrain_decoder(pretrain_epochs)
+        pretrain_where_needed(learn, pretrain_epochs)
         learn.model.encoder.requires_grad_(False)
         learn.remove_cbs([learn.synth_pair, learn.perturb, learn.decoder])
         learn.fit_one_cycle(head_epochs, head_lr)

@@ -15,7 +15,9 @@ from ..files import load_tensors
 from ..data.images import float_images
 from ..nets.saliency import Saliency
 from ..synth.perturb import MODES
+from ..data.finches import finches
 from ..synth.synthesizer import Synthesizer
+from ..synth.example import example_synthesizer
 from ..evaluate.attention import attention_maps
 from .pictures import images_to_show
 from .page import encode_image, enlarge, image_array, name_column, noise_bars, slider_page
@@ -104,6 +106,16 @@ def describe(self:Explorer,
             f"{s.mask.float().mean():.0%} are low-variance; "
             f"mean squared difference {(s.pert-s.rec).pow(2).mean():.4f}")
 
+# %% ../../nbs/show/02_explore.ipynb #d53046fd
+@patch(cls_method=True)
+def from_example(cls:Explorer,
+    images=None, # Images (B, 3, 64, 64); None: drawn finches
+    **kw, # Passed to `Explorer`
+)->Explorer:
+    "Explore the networks that come with fgsynth"
+    if images is None: images = finches(24, size=64, seed=7).images
+    return cls(example_synthesizer(), images=images, **kw)
+
 # %% ../../nbs/show/02_explore.ipynb #6016f9f2
 @patch(cls_method=True)
 def from_learner(cls:Explorer,
@@ -182,7 +194,7 @@ def _redraw(self:Explorer):
     values = {k:o.value for k,o in vars(self.controls).items()}
     self.first,self.seed = values.pop('first'),values.pop('seed')
     a,s = self.picture(**values)
-    a = enlarge(a, max(1, 110//self.syn.size))
+    a = enlarge(a, max(1, round(120/self.syn.size)))
     a = np.concatenate([name_column(self.rows, len(a)//len(self.rows)), a], 1)
     self.image.value,self.bars.value = [encode_image(o, compress_level=1) for o in (a, noise_bars(s))]
     self.text.value = self.describe(s)

@@ -10,6 +10,8 @@ __all__ = ['image_grid', 'show_pairs', 'images_to_show', 'show_attention', 'show
 from fastai.basics import *
 from ..core import InputError, check_name
 from ..data.images import float_images
+from ..synth.synthesizer import Synthesizer
+from ..evaluate.attention import attention_maps
 from ..evaluate.features import features
 from ..evaluate.retrieval import nearest
 
@@ -73,7 +75,7 @@ def show_pairs(self:Learner,
     **kw, # Passed to the `Synthesizer`: mode, sigma_cam, sigma_var, tau, seed
 ):
     "Clean, reconstructed and perturbed images with the networks as they are now (Fig. 4)"
-    _draw(show_pairs, self.synthesizer()(images_to_show(self, x, max_n), **kw), max_n)
+    _draw(show_pairs, Synthesizer.from_learner(self)(images_to_show(self, x, max_n), **kw), max_n)
 
 # %% ../../nbs/show/00_pictures.ipynb #297e73d5
 def show_attention(
@@ -97,7 +99,8 @@ def show_attention(self:Learner,
 ):
     "Where the encoder looks (Fig. 3)"
     x = images_to_show(self, x, max_n)
-    _draw(show_attention, x, self.attention_maps(x[:max_n], **kw), max_n)
+    net = get_model(self.model)
+    _draw(show_attention, x, attention_maps(net.encoder, x[:max_n], head=net.projector, **kw), max_n)
 
 # %% ../../nbs/show/00_pictures.ipynb #9ef1bfea
 def show_variance(
@@ -152,7 +155,7 @@ def show_noise(self:Learner,
     **kw, # Passed to the `Synthesizer`: mode, sigma_cam, sigma_var, tau, seed
 ):
     "Score, standard deviation and size of the noise of one image, dimension by dimension"
-    _draw(show_noise, self.synthesizer()(images_to_show(self, x, 8), **kw))
+    _draw(show_noise, Synthesizer.from_learner(self)(images_to_show(self, x, 8), **kw))
 
 # %% ../../nbs/show/00_pictures.ipynb #5666cc3b
 def _frame(ax, title, right=None):
