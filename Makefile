@@ -46,8 +46,9 @@ bench: $(READY)  ## time everything, here and in other libraries (three quarters
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r benchmarks/requirements.txt
 	@for f in startup.py step.py "step.py --arch lite0 --bs 64 --out step_lite0" keep.py files.py evaluation.py growth.py; do $(BIN)/python -W ignore benchmarks/$$f || exit 1; done
 
-export: $(READY)  ## write the modules from the notebooks
+export: $(READY)  ## write the modules from the notebooks, and what the commands accept
 	$(BIN)/nbdev_export
+	$(BIN)/python tools/commands.py
 
 clean: $(READY)  ## strip the notebooks of what does not belong in git
 	$(BIN)/nbdev_clean

@@ -27,7 +27,7 @@ blob = f"{cfg['git_url']}/blob/{cfg['branch']}"
 readme = re.sub(r'(!\[[^\]]*\]\()(?![a-z]+:|[#/])', rf'\g<1>{raw}/', readme)
 readme = re.sub(r'((?<!!)\[[^\]]*\]\()(?![a-z]+:|[#/])', rf'\g<1>{blob}/', readme)
 
-extras = {o: cfg.get(f'{o}_requirements', '').split() for o in ('dev','lite','onnx','faiss','distrib')}
+extras = {o: cfg.get(f'{o}_requirements', '').split() for o in ('dev','lite','onnx','faiss','distrib','completion')}
 
 setuptools.setup(
     name = cfg['lib_name'],
@@ -45,7 +45,7 @@ setuptools.setup(
     project_urls = project_urls,
     packages = setuptools.find_packages(include=[cfg['lib_name']+'*']),
     include_package_data = True,
-    package_data = {cfg['lib_name']: ['presets/*.toml', 'example/*']},
+    package_data = {cfg['lib_name']: ['presets/*.toml', 'example/*', 'commands.json']},
     install_requires = shlex.split(cfg.get('requirements', '')),
     extras_require = extras | {'dev': sum(extras.values(), [])}, # developers test them all
     python_requires = '>=' + cfg['min_python'],

@@ -10,6 +10,7 @@ import hashlib, inspect, os, tarfile, torch, warnings
 from collections import namedtuple
 from pathlib import Path
 from ..core import InputError, check_name
+from ..commands import find_data
 from ..cli import without_foreign_bars
 from .items import Items
 from .folders import warn_user
@@ -55,14 +56,8 @@ def is_data_set(
 # %% ../../nbs/data/13_datasets.ipynb #94919168
 def _name_and_path(name, path):
     "The name of a data set and its folder, from what the user gave"
-    name = str(name)
-    if is_data_set(name): return name.lower(),path
-    if Path(name).expanduser().is_dir(): return 'folder',name
-    if Path(name).expanduser().exists():
-        raise InputError(f"{name} is a file: give the folder that holds the images.")
-    if os.sep in name or '/' in name or name[:1] in '.~':
-        raise InputError(f"The path {name} does not exist: check the spelling.")
-    return check_name(name, data_sets, 'data set'),path
+    found = find_data(name, data_sets)
+    return (found,str(name)) if found=='folder' and not is_data_set(name) else (found,path)
 
 # %% ../../nbs/data/13_datasets.ipynb #436b359b
 published = dict(

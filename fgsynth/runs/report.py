@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from fastai.basics import *
 from ..core import InputError
 from ..files import locked, read_json
+from ..commands import find_place_for_run, find_run
 from ..data.decoded import load_images
 from ..data.datasets import is_data_set
 from ..data.folders import warn_user
@@ -22,10 +23,6 @@ from ..show.explore import Explorer
 from .presets import origins
 
 # %% ../../nbs/runs/01_report.ipynb #9cd40fe9
-_leftovers = '.lock','.lock.pid','settings.json.tmp' # of a run that ended before it had written anything
-
-def _holds_something(folder): return folder.is_dir() and any(o.name not in _leftovers for o in folder.iterdir())
-
 def _empty(out):
     "Delete all that is in a folder but its lock"
     for o in out.iterdir():
@@ -42,17 +39,8 @@ def check_run_folder(
     resume:bool=False, # May a run that is already there be resumed?
 )->Path: # `out`
     "Say in time that a folder cannot take a run"
-    out = Path(out)
-    if overwrite and resume:
-        raise InputError("A run cannot be replaced and resumed at once: give --overwrite or --resume.")
-    if out.is_file():
-        raise InputError(f"{str(out)!r} is a file: choose a folder for --out.")
-    if not _holds_something(out): return out
-    if not (out/'settings.json').is_file():
-        raise InputError(f"The folder {str(out)!r} is not empty and holds no run: choose a new folder for --out.")
-    if not (overwrite or resume):
-        raise InputError(f"The folder {str(out)!r} already holds another run: choose another --out, "
-                         f"or add --overwrite to replace it, or --resume to go on with it.")
+    out = find_place_for_run(out, overwrite, resume)
+    if not (out/'settings.json').is_file(): return out
     with locked(out): return out # unless another process is writing to it
 
 # %% ../../nbs/runs/01_report.ipynb #1e9235c8
@@ -86,10 +74,7 @@ def read_run(
     run, # Folder of a run
 )->dict: # What is in its settings.json; 'seconds' is there once the run is complete
     "Settings of a run that has an encoder"
-    run = Path(run)
-    if not ((run/'settings.json').is_file() and (run/'encoder.safetensors').is_file()):
-        raise InputError(f"There is no finished run in {str(run)!r}: train one with fgsynth_train --out {run}.")
-    return read_json(run/'settings.json')
+    return read_json(find_run(run)/'settings.json')
 
 # %% ../../nbs/runs/01_report.ipynb #fb0c52e2
 def _noted_place(place, option):

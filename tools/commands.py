@@ -1,0 +1,26 @@
+"""Write to fgsynth/commands.json what each command accepts, from the signature and docments of its function"""
+import json
+from pathlib import Path
+from fastcore.script import anno_parser
+from fgsynth.commands import describe_parser
+from fgsynth.data.check import _parser
+from fgsynth.data.datasets import data_sets
+from fgsynth.own.export import export_run
+from fgsynth.own.label import label_run
+from fgsynth.own.search import search_run
+from fgsynth.runs.demo import demo
+from fgsynth.runs.measure import evaluate_run
+from fgsynth.runs.table import table
+from fgsynth.runs.train import train
+
+functions = dict(fgsynth_train=train, fgsynth_eval=evaluate_run, fgsynth_demo=demo, fgsynth_table=table,
+                 fgsynth_search=search_run, fgsynth_label=label_run, fgsynth_export=export_run)
+file = Path(__file__).resolve().parent.parent/'fgsynth'/'commands.json'
+
+def described():
+    "All commands, as text"
+    parsers = {k:anno_parser(f, prog=k) for k,f in functions.items()} | dict(fgsynth_data=_parser())
+    res = dict(commands={k:describe_parser(p) for k,p in parsers.items()}, data_sets=list(data_sets))
+    return json.dumps(res, indent=1, ensure_ascii=False) + '\n'
+
+if __name__=='__main__': file.write_text(described(), encoding='utf-8')
