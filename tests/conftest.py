@@ -5,6 +5,7 @@ import pytest
 
 root = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(root/'tools'))
+from figures import without_figures # noqa
 
 # Tests read the project's settings and relative paths from the repository's top, wherever pytest was started
 @pytest.fixture(autouse=True)
@@ -14,6 +15,11 @@ def call(monkeypatch, command, *args):
     "Run a command in this process, as its console script would"
     monkeypatch.setattr(sys, 'argv', [command, *map(str, args)])
     next(iter(entry_points(group='console_scripts', name=command))).load()()
+
+@pytest.fixture
+def undrawn():
+    "Runs of this process leave no figures"
+    with without_figures(): yield
 
 @pytest.fixture
 def py():
@@ -30,7 +36,8 @@ def py():
 
 @pytest.fixture(scope='session')
 def forked():
-    "Run a script, or that of a command, in children of a process that has imported everything (see `forks.py`)"
+    """Run a script, or that of a command, in children of a process that has imported everything (see `forks.py`);
+    `figures=False`: without drawing those of runs"""
     if not hasattr(os, 'fork'): pytest.skip('processes are not forked here')
     from forks import forking
     alone = {'OMP_NUM_THREADS':'1', 'PYTHONWARNINGS':'ignore', 'MPLBACKEND':'agg', 'CUDA_VISIBLE_DEVICES':''}
