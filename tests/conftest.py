@@ -21,19 +21,6 @@ def undrawn():
     "Runs of this process leave no figures"
     with without_figures(): yield
 
-@pytest.fixture
-def py():
-    "Run Python code or a script in a fresh process, outside the repository; returns the finished process"
-    import subprocess, tempfile
-    def _f(*args, ok=True, cwd=None, timeout=600):
-        env = {k:v for k,v in os.environ.items() if k!='IN_TEST'} | {'PYTHONWARNINGS':'ignore', 'MPLBACKEND':'agg'}
-        with tempfile.TemporaryDirectory() as d:
-            r = subprocess.run([str(a) for a in args], cwd=cwd or d, env=env, text=True, capture_output=True,
-                               timeout=timeout, stdin=subprocess.DEVNULL)
-        if ok: assert r.returncode==0, r.stdout[-2000:] + r.stderr[-4000:]
-        return r
-    return _f
-
 @pytest.fixture(scope='session')
 def forked():
     """Run a script, or that of a command, in children of a process that has imported everything (see `forks.py`);
