@@ -5,6 +5,7 @@ import pytest
 
 root = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(root/'tools'))
+from figures import without_figures # noqa
 
 # Tests read the project's settings and relative paths from the repository's top, wherever pytest was started
 @pytest.fixture(autouse=True)
@@ -16,21 +17,14 @@ def call(monkeypatch, command, *args):
     next(iter(entry_points(group='console_scripts', name=command))).load()()
 
 @pytest.fixture
-def py():
-    "Run Python code or a script in a fresh process, outside the repository; returns the finished process"
-    import subprocess, tempfile
-    def _f(*args, ok=True, cwd=None, timeout=600):
-        env = {k:v for k,v in os.environ.items() if k!='IN_TEST'} | {'PYTHONWARNINGS':'ignore', 'MPLBACKEND':'agg'}
-        with tempfile.TemporaryDirectory() as d:
-            r = subprocess.run([str(a) for a in args], cwd=cwd or d, env=env, text=True, capture_output=True,
-                               timeout=timeout, stdin=subprocess.DEVNULL)
-        if ok: assert r.returncode==0, r.stdout[-2000:] + r.stderr[-4000:]
-        return r
-    return _f
+def undrawn():
+    "Runs of this process leave no figures"
+    with without_figures(): yield
 
 @pytest.fixture(scope='session')
 def forked():
-    "Run a script, or that of a command, in children of a process that has imported everything (see `forks.py`)"
+    """Run a script, or that of a command, in children of a process that has imported everything (see `forks.py`);
+    `figures=False`: without drawing those of runs"""
     if not hasattr(os, 'fork'): pytest.skip('processes are not forked here')
     from forks import forking
     alone = {'OMP_NUM_THREADS':'1', 'PYTHONWARNINGS':'ignore', 'MPLBACKEND':'agg', 'CUDA_VISIBLE_DEVICES':''}

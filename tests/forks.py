@@ -2,8 +2,9 @@
 a fresh `__main__`, its own arguments and environment, and modules that nobody has used. With `n` above 1 it is run by
 the agent of torchrun, in `n` processes that the agent forks."""
 import json, os, runpy, signal, subprocess, sys, tempfile, traceback
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from figures import without_figures
 
 def run_script(script, args):
     "What `python script args` does, once Python is there"
@@ -25,8 +26,9 @@ def child(job):
     try:
         for fd,k in (1,'out'),(2,'err'): os.dup2(os.open(job[k], os.O_WRONLY), fd)
         os.chdir(job['cwd']); os.environ.clear(); os.environ.update(job['env'])
-        if job['n']>1: run_many(job['n'], job['script'], job['args'])
-        else: run_script(job['script'], job['args'])
+        with nullcontext() if job['figures'] else without_figures():
+            if job['n']>1: run_many(job['n'], job['script'], job['args'])
+            else: run_script(job['script'], job['args'])
         code = 0
     except SystemExit as e:
         code = e.code if isinstance(e.code, int) else int(e.code is not None)
@@ -50,15 +52,15 @@ def serve():
 
 @contextmanager
 def forking(env):
-    "Inside, a function `run(script, *args, n=1, cwd=None)` that returns a finished process"
+    "Inside, a function `run(script, *args, n=1, cwd=None, figures=True)` that returns a finished process"
     server = subprocess.Popen([sys.executable, '-W', 'ignore', __file__], env=env, text=True, stdin=subprocess.PIPE,
                               stdout=subprocess.PIPE)
-    def run(script, *args, n=1, cwd=None):
+    def run(script, *args, n=1, cwd=None, figures=True):
         with tempfile.TemporaryDirectory() as d:
             said = [Path(d)/k for k in ('out','err')]
             for f in said: f.touch()
             job = dict(script=str(script), args=[*map(str, args)], n=n, cwd=str(cwd or d), env=env,
-                       out=str(said[0]), err=str(said[1]))
+                       figures=figures, out=str(said[0]), err=str(said[1]))
             print(json.dumps(job), file=server.stdin, flush=True)
             code = int(server.stdout.readline())
             return subprocess.CompletedProcess([script, *args], code, *[f.read_text() for f in said])

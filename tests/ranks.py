@@ -160,7 +160,7 @@ def measures(out):
     x,y = data.train,data.train_labels
     items = Items('flock', x[:50], x[50:87], y[:50], y[50:87], data.classes)
     enc = net().to(dev)
-    res = {k:tensor(v) for k,v in evaluate(enc, items, 32, bs=16, distributed=True).items()}
+    res = {k:tensor(v) for k,v in evaluate(enc, items, 32, bs=16, distributed=True, epochs=5).items()}
     res['files'] = features(enc, sorted(folder.glob('*.png')), bs=4, size=32, distributed=True)
     res['two'] = features(enc, data.train[:2], distributed=True)                   # fewer than processes
     for k,v in res.items(): assert gather(v[None]).eq(v).all(), k

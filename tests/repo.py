@@ -1,5 +1,6 @@
 "What the tests of the repository's habits share: its notebooks, cells and modules"
 import ast, configparser, json, re, shutil
+from functools import cache
 import pytest
 from conftest import root
 
@@ -32,6 +33,7 @@ def only_imports(cell): return all(isinstance(o, (ast.Import,ast.ImportFrom)) fo
 
 def pictured(cell): return any(k.startswith('image/') for o in cell.get('outputs',[]) for k in o.get('data',{}))
 
+@cache
 def module_of(nb):
     "The module that a notebook exports, such as 'data.items'"
     for c in cells(nb):

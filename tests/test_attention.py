@@ -1,6 +1,7 @@
 "Where an encoder looks, and what shaking its features does to the class"
 import warnings
 from copy import copy
+from functools import cache
 import pytest, torch, torch.nn.functional as F
 from fastai.torch_core import set_seed
 from fastcore.test import test_close as check_close, test_eq as check_eq
@@ -43,8 +44,10 @@ def test_the_learner_looks_through_its_projector(learn, x):
 
 def test_layer_of_a_convolutional_network(): check_eq(spatial_layer(create_encoder('resnet18'), 224)[1], 7)
 
+made = cache(create_encoder) # the same for all who ask for it
+
 @pytest.fixture(scope='module')
-def vit(): return create_encoder('vit_tiny_patch16_224', size=64)
+def vit(): return made('vit_tiny_patch16_224', size=64)
 
 def test_layer_of_a_transformer(vit): check_eq(spatial_layer(vit, 64)[1:], (4,1))
 
@@ -74,7 +77,7 @@ transformers = dict(vit_b_16=('encoder_layer_11.ln_1',64,4,1), swin_t=('features
 @pytest.mark.parametrize('arch', transformers)
 def test_maps_of_transformers_and_mixers_show_places(arch):
     layer,size,side,layout = transformers[arch]
-    e = create_encoder(arch, size=size)
+    e = made(arch, size=size)
     name,*found = spatial_layer(e, size)
     assert name.endswith(layer), name
     check_eq(found, [side, layout])
@@ -85,7 +88,7 @@ def test_maps_of_transformers_and_mixers_show_places(arch):
                                         ('swin_tiny_patch4_window7_224','body.layers.0.blocks.0.attn.softmax')])
 def test_a_layer_that_is_no_map_is_refused(arch, layer):
     with pytest.raises(InputError, match='not known to be a map'):
-        attention_maps(create_encoder(arch, size=64), torch.rand(2,3,64,64), layer=layer)
+        attention_maps(made(arch, size=64), torch.rand(2,3,64,64), layer=layer)
 
 class Attended(nn.Module):
     "A network whose attention matrix, between its 16 places, is finer than its map of 4 by 4 places"

@@ -1,6 +1,5 @@
 "The explorer as a person meets it: in a page without a kernel, and in JupyterLab, both in headless Chromium"
 import base64, io, json, os, shutil, socket, subprocess, sys, time, urllib.request, warnings
-from contextlib import contextmanager
 from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
@@ -67,9 +66,11 @@ def test_page_without_a_kernel(browser, run_folder, tmp_path):
     assert not errors and not [u for u in asked if not u.startswith(('file:','data:'))]
     shot(page, 'static'); page.close()
 
-@contextmanager
-def lab(folder):
-    "A JupyterLab server in `folder`; gives its address"
+@pytest.fixture(scope='module')
+def lab(tmp_path_factory):
+    "A JupyterLab server: its address and its folder"
+    pytest.importorskip('jupyterlab', reason='JupyterLab is not installed')
+    folder = tmp_path_factory.mktemp('lab')
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
     env = {k:v for k,v in os.environ.items() if k!='IN_TEST'}
     env |= {f'JUPYTER_{k}':str(folder/k.lower()) for k in ('CONFIG_DIR','DATA_DIR','RUNTIME_DIR')}
@@ -88,7 +89,7 @@ def lab(folder):
             assert p.poll() is None, (folder/'lab.log').read_text()[-3000:]
             try: urllib.request.urlopen(f'http://127.0.0.1:{port}/api', timeout=1); break
             except OSError: time.sleep(.5)
-        yield f'http://127.0.0.1:{port}'
+        yield f'http://127.0.0.1:{port}',folder
     finally: p.terminate(); p.wait(30)
 
 def notebook(path, *cells):
@@ -172,57 +173,56 @@ def test_exported_notebook(browser, run_folder, tmp_path):
     assert is_rows(page) and 'VBox' not in page.inner_text('body')
     shot(page, 'exported'); page.close()
 
-def test_untrusted_notebook(browser, run_folder, tmp_path):
-    "JupyterLab does not run what a stranger's notebook holds, and shows the picture; once the cell is run, the widget"
-    pytest.importorskip('jupyterlab', reason='JupyterLab is not installed')
-    saved_notebook(tmp_path/'ex.ipynb', bundle(run_folder))
-    nb = json.loads((tmp_path/'ex.ipynb').read_text())
+@pytest.fixture(scope='module')
+def opened(browser, run_folder, lab):
+    "A stranger's notebook in JupyterLab, after it was run, and whether only the picture was shown before"
+    url,folder = lab
+    saved_notebook(folder/'ex.ipynb', bundle(run_folder))
+    nb = json.loads((folder/'ex.ipynb').read_text())
     nb['cells'][0]['source'] = f'from fgsynth.all import *\nExplorer.from_run({str(run_folder)!r})'
-    (tmp_path/'ex.ipynb').write_text(json.dumps(nb))
-    with lab(tmp_path) as url:
-        page = browser.new_page(viewport=dict(width=1100, height=1300))
-        page.goto(f'{url}/lab/tree/ex.ipynb?reset')
-        page.locator(fallback).wait_for(timeout=120_000)
-        assert is_rows(page) and not page.locator('.widget-hslider').count() and 'VBox' not in page.inner_text('body')
-        shot(page, 'untrusted')
-        run_all(page, url, 'ex.ipynb')
-        page.locator('img.widget-image').first.wait_for(timeout=180_000)
-        assert page.locator('.widget-hslider').count() and not page.locator(fallback).count()
-        page.close()
+    (folder/'ex.ipynb').write_text(json.dumps(nb))
+    page = browser.new_page(viewport=dict(width=1100, height=1300))
+    page.goto(f'{url}/lab/tree/ex.ipynb?reset')
+    page.locator(fallback).wait_for(timeout=120_000)
+    alone = is_rows(page) and not page.locator('.widget-hslider').count() and 'VBox' not in page.inner_text('body')
+    shot(page, 'untrusted')
+    run_all(page, url, 'ex.ipynb')
+    page.locator('img.widget-image').first.wait_for(timeout=180_000)
+    yield page,alone
+    page.close()
 
-def test_jupyterlab(browser, run_folder, tmp_path):
+def test_untrusted_notebook(opened):
+    "JupyterLab does not run what a stranger's notebook holds, and shows the picture; once the cell is run, the widget"
+    page,alone = opened
+    assert alone and page.locator('.widget-hslider').count() and not page.locator(fallback).count()
+
+def test_jupyterlab(opened, run_folder):
     """The sigma slider, by keyboard and by mouse, changes the perturbed pictures and not the reconstructed ones;
     another draw too; reset undoes it all"""
-    pytest.importorskip('jupyterlab', reason='JupyterLab is not installed')
-    notebook(tmp_path/'explore.ipynb', 'from fgsynth.all import *', f'Explorer.from_run({str(run_folder)!r})')
-    with lab(tmp_path) as url:
-        page = browser.new_page(viewport=dict(width=1100, height=1300))
-        run_all(page, url, 'explore.ipynb')
-        page.locator('img.widget-image').first.wait_for(timeout=180_000)
-        moves = {'perturbed','difference'}
-        start = rows(page)
-        handle = page.locator('.widget-hslider', has_text='sigma_cam').locator('.noUi-handle')
-        handle.focus(); page.keyboard.press('ArrowRight')
-        assert changed(page, start)==moves
-        before = rows(page)
-        box = page.locator('.widget-hslider', has_text='sigma_cam').locator('.noUi-target').bounding_box()
-        middle = 'o => { const r = o.getBoundingClientRect(); return [r.x+r.width/2, r.y+r.height/2] }'
-        page.mouse.move(*handle.evaluate(middle)); page.mouse.down()
-        page.mouse.move(box['x']+.9*box['width'], box['y']+box['height']/2, steps=20) # a burst of moves
-        page.mouse.up()
-        assert changed(page, before)==moves
-        text = page.locator('.widget-hslider', has_text='sigma_cam').locator('.widget-readout').inner_text()
-        assert 8 < float(text) < 10
-        here = Explorer.from_run(run_folder); here.widget()
-        here.controls.sigma_cam.value = float(text) # the last value of the burst is what is shown
-        shown = cut(here.image.value)[2]
-        assert abs(shown.astype(int) - rows(page)['perturbed']).max() <= 3
-        before = rows(page)
-        page.get_by_role('button', name='draw again').click()
-        assert changed(page, before)==moves
-        shot(page, 'jupyterlab')
-        before = rows(page)
-        page.get_by_role('button', name='reset').click()
-        assert changed(page, before)==moves
-        assert all((v==start[k]).all() for k,v in rows(page).items())
-        page.close()
+    page,_ = opened
+    moves = {'perturbed','difference'}
+    start = rows(page)
+    handle = page.locator('.widget-hslider', has_text='sigma_cam').locator('.noUi-handle')
+    handle.focus(); page.keyboard.press('ArrowRight')
+    assert changed(page, start)==moves
+    before = rows(page)
+    box = page.locator('.widget-hslider', has_text='sigma_cam').locator('.noUi-target').bounding_box()
+    middle = 'o => { const r = o.getBoundingClientRect(); return [r.x+r.width/2, r.y+r.height/2] }'
+    page.mouse.move(*handle.evaluate(middle)); page.mouse.down()
+    page.mouse.move(box['x']+.9*box['width'], box['y']+box['height']/2, steps=20) # a burst of moves
+    page.mouse.up()
+    assert changed(page, before)==moves
+    text = page.locator('.widget-hslider', has_text='sigma_cam').locator('.widget-readout').inner_text()
+    assert 8 < float(text) < 10
+    here = Explorer.from_run(run_folder); here.widget()
+    here.controls.sigma_cam.value = float(text) # the last value of the burst is what is shown
+    shown = cut(here.image.value)[2]
+    assert abs(shown.astype(int) - rows(page)['perturbed']).max() <= 3
+    before = rows(page)
+    page.get_by_role('button', name='draw again').click()
+    assert changed(page, before)==moves
+    shot(page, 'jupyterlab')
+    before = rows(page)
+    page.get_by_role('button', name='reset').click()
+    assert changed(page, before)==moves
+    assert all((v==start[k]).all() for k,v in rows(page).items())

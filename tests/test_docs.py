@@ -47,12 +47,13 @@ def test_navbar():
     assert not [o for o in hrefs if not o.startswith('http') and o not in ids]
 
 @pytest.fixture(scope='module')
-def site(tmp_path_factory):
+def site(forked, tmp_path_factory):
     "What nbdev hands to Quarto, made from a copy of the repository"
     top = tmp_path_factory.mktemp('site')/'top'
     copy_repository(top, '_quarto.yml')
-    code = 'from nbdev.serve import proc_nbs; proc_nbs(n_workers=2)' # as nbdev_proc_nbs, which would install Quarto
-    r = subprocess.run([sys.executable, '-c', code], cwd=top, text=True, capture_output=True)
+    (top.parent/'proc.py').write_text('from nbdev.serve import proc_nbs\n'
+        'proc_nbs(n_workers=0)') # as nbdev_proc_nbs, which would install Quarto
+    r = forked(top.parent/'proc.py', cwd=top)
     why = re.search(r'(?s)Error in notebook.*?(?="""|\n\n)', r.stderr)
     assert r.returncode==0, why[0] if why else r.stderr[-4000:]
     return top/'_proc'

@@ -1,5 +1,6 @@
 "The layout: folders in the order in which an image travels, imports that go one way, short lines, small cells"
 import ast, filecmp, re, statistics, subprocess, sys
+from functools import cache
 from pathlib import Path
 import pytest
 from repo import cells, copy_repository, directives, hidden, ids, is_exported, module_of, modules
@@ -8,6 +9,7 @@ from repo import nbs, nbs_dir, only_imports, root, source
 fastais = {'load','export','predict','show_results','add_cb','add_cbs','show_batch'} # learners have these anyway
 wings = 'data nets methods synth evaluate show runs own'.split() # in the order in which an image travels through them
 
+@cache
 def reading_order():
     "Every module at its place: first what lies at the top, then wing by wing, `all` at the end"
     def place(nb):

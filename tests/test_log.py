@@ -6,8 +6,10 @@ import pytest, torch
 from fastai.callback.progress import ProgressCallback
 from fastcore.basics import noop
 from conftest import call
+from PIL import Image
 from fgsynth.all import *
 from fgsynth.cli import as_sentences, if_interrupted, is_interactive, run_command, with_bar, without_foreign_bars
+from fgsynth.data.finches import finches
 from fgsynth.data.images import map_threads
 from fgsynth.runs import table as table_room, train as train_room
 from fgsynth.runs.demo import warm_start
@@ -94,11 +96,21 @@ def test_fastais_own_uses_of_the_bars_work_in_a_log(dls):
     assert epochs(printed(uses))==2
     assert isinstance(learn.progress, ProgressCallback) and learn.logger is print
 
-def test_the_command_logs_without_carriage_returns(tmp_path, py):
-    r = py(Path(sys.executable).parent/'fgsynth_train', '--preset', 'smoke', '--epochs', '2', '--out', tmp_path/'run')
-    assert '\r' not in r.stdout+r.stderr
-    lines = [o for o in r.stdout.splitlines() if o.startswith('epoch ') and 'train_loss' in o]
-    assert len(lines)==3, r.stdout # one of the decoder
+@pytest.fixture(scope='module')
+def photos(tmp_path_factory):
+    top = tmp_path_factory.mktemp('photos')
+    for i,b in enumerate(finches(40, 40, n_species=2, seed=3)):
+        Image.fromarray(b.image.permute(1,2,0).numpy()).save(top/f'{i}.png')
+    return top
+
+def smoke(photos): return '--preset','smoke','--data',photos,'--bs','16'
+
+def test_the_command_logs_without_carriage_returns(photos, tmp_path, monkeypatch, capfd):
+    call(monkeypatch, 'fgsynth_train', *smoke(photos), '--epochs', 2, '--out', tmp_path/'run')
+    out,err = capfd.readouterr()
+    assert '\r' not in out+err
+    lines = [o for o in out.splitlines() if o.startswith('epoch ') and 'train_loss' in o]
+    assert len(lines)==3, out # one of the decoder
 
 # Ctrl-C
 
@@ -127,7 +139,8 @@ def test_of_several_processes_one_says_it(monkeypatch, capsys):
 
 @pytest.mark.parametrize('where,has', [('fit_run', True), ('_pretrain', True), ('make_learner', False),
                                        ('run_items', False)])
-def test_a_training_names_resume_once_there_is_something_to_resume(where, has, tmp_path, monkeypatch, capsys):
+def test_a_training_names_resume_once_there_is_something_to_resume(where, has, dls, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train_room, 'run_items', lambda *args: dls.items)
     monkeypatch.setattr(train_room, where, stop)
     with pytest.raises(SystemExit) as e:
         call(monkeypatch, 'fgsynth_train', '--preset', 'smoke', '--out', tmp_path/'run')
@@ -163,10 +176,9 @@ def test_a_download_that_is_interrupted_leaves_no_half_file(tmp_path, monkeypatc
     assert not [f for f in (tmp_path/'to').rglob('*') if f.is_file()]
 
 @pytest.mark.skipif(os.name=='nt', reason='Windows has other signals')
-def test_ctrl_c_in_a_shell(tmp_path):
+def test_ctrl_c_in_a_shell(photos, tmp_path):
     "A real signal during a real training: one sentence, 130, and no traceback; then it goes on"
-    command = Path(sys.executable).parent/'fgsynth_train'
-    args = [command, '--preset', 'smoke', '--epochs', '500', '--out', tmp_path/'run']
+    args = [Path(sys.executable).parent/'fgsynth_train', *smoke(photos), '--epochs', '500', '--out', tmp_path/'run']
     def heed(): signal.signal(signal.SIGINT, signal.SIG_DFL) # which a job in the background ignores
     with subprocess.Popen(args, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                           preexec_fn=heed) as p:

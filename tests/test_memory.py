@@ -74,12 +74,12 @@ def test_unreadable_examples_are_left_out_and_do_not_end_a_run(items, tmp_path):
     with pytest.warns(UserWarning, match='24 of 60'): x = example_images(Items('all', files, files), 32, 'cpu')
     assert len(x)==24
 
-def test_a_run_decodes_no_more_test_images_than_it_shows(photos, decoded, tmp_path):
+def test_a_run_decodes_no_more_test_images_than_it_shows(photos, decoded, tmp_path, undrawn):
     learn = train(preset='smoke', data=str(photos), bs=8, out=tmp_path/'run')
     test = [f for f in decoded if 'test' in f.parts]
     assert len(test)==24 and 'test' not in str(learn.dls.items.__dict__.get('_kept', {}).keys())
 
-def test_a_measurement_decodes_into_the_runs_cache(photos, decoded, tmp_path, monkeypatch):
+def test_a_measurement_decodes_into_the_runs_cache(photos, decoded, tmp_path, monkeypatch, undrawn):
     "Once for all measurements"
     monkeypatch.chdir(tmp_path)
     train(preset='smoke', data=str(photos), bs=8, synth='none', cache_dir='cache', out='run')

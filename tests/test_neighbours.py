@@ -272,14 +272,17 @@ def growth(*cbs):
     import psutil
     size = []
     def look(l): size.append(psutil.Process().memory_info().rss/1e6)
-    items = get_dataset('finches', n_train=128, n_test=8, size=32)
-    make(items, At('after_epoch', look), *cbs, method=MoCoV2(K=64, views=lambda x: [x, x.flip(-1)])).fit(60, .001)
+    items = get_dataset('finches', n_train=64, n_test=8, size=32)
+    method = MoCoV2(K=64, views=lambda x: [x, x.flip(-1)])
+    make(items, At('after_epoch', look), *cbs, bs=16, method=method).fit(60, .001)
     return size[-1]-size[9] # 4 steps an epoch
 
-def test_memory_does_not_grow(py):
+def test_memory_does_not_grow(forked, tmp_path):
     "In a process of its own; that a leak would be seen is seen"
     pytest.importorskip('psutil')
     setup = f"import sys; sys.path.insert(0, {str(root/'tests')!r}); from test_neighbours import *"
-    out = py(sys.executable, '-c', f'{setup}; print(growth(), growth(Hold()))').stdout
-    fine,leak = map(float, out.split()[-2:])
+    (tmp_path/'grow.py').write_text(f'{setup}; print(growth(), growth(Hold()))')
+    r = forked(tmp_path/'grow.py')
+    assert r.returncode==0, r.stderr
+    fine,leak = map(float, r.stdout.split()[-2:])
     assert fine<20 and leak>50, (fine, leak)

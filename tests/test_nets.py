@@ -46,8 +46,11 @@ def test_timm_features_are_pooled_and_normalised_as_timm_says(arch, fixed):
 def test_statistics_are_the_librarys_own():
     ft.test_close(create_encoder('vit_tiny_patch16_224', size=64).mean.flatten(), torch.full((3,), .5))
 
-def test_torchvisions_vit_is_built_for_a_size():
-    ft.test_eq(create_encoder('vit_b_16', size=64).size, 64)
+@pytest.fixture(scope='module')
+def vit(): return create_encoder('vit_b_16', size=64)
+
+def test_torchvisions_vit_is_built_for_a_size(vit):
+    ft.test_eq(vit.size, 64)
     with pytest.raises(InputError, match="timm's ViTs"): create_encoder('vit_b_16', size=50)
     with pytest.raises(InputError, match="timm's ViTs"): create_encoder('vit_b_16', pretrained=True, size=64)
 
@@ -347,8 +350,7 @@ def test_stages_of_a_resnet_are_its_layers():
     stem = [*body.conv1.parameters(), *body.bn1.parameters()]
     assert same(stages(res), [stem, *[list(getattr(body, f'layer{i}').parameters()) for i in (1,2,3,4)]])
 
-def test_stages_of_a_transformer_are_its_blocks():
-    vit = create_encoder('vit_b_16')
+def test_stages_of_a_transformer_are_its_blocks(vit):
     ft.test_eq([len(s) for s in stages(vit)], [3, 13] + [12]*10 + [14])
     assert stages(vit)[0][0] is vit.body.class_token
 

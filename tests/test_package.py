@@ -38,27 +38,6 @@ def test_the_workflow_runs_fast_tests_on_each_system_that_the_wheel_names(wheel)
         'POSIX :: Linux', 'MacOS', 'Microsoft :: Windows'}
     assert '-m "not slow"' in ' '.join(o.get('run', '') for o in jobs['systems']['steps'])
 
-@pytest.fixture(scope='module')
-def imported():
-    "What a fresh process asked of the network, and which tools it loaded, when it imported everything"
-    code = """import json, socket, sys
-asked = []
-def no(*args, **kwargs): asked.append(repr(args)); raise OSError('no network')
-socket.socket.connect = socket.getaddrinfo = socket.create_connection = no
-import fastai.vision.all, fgsynth.all, fgsynth.runs.table
-print(json.dumps([asked, [o for o in ('nbdev','execnb','pytest') if o in sys.modules]]))"""
-    r = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True)
-    assert r.returncode==0, r.stderr
-    return json.loads(r.stdout)
-
-def test_imports_without_nbdev(imported):
-    "The library itself does not need nbdev"
-    assert imported[1]==[]
-
-def test_import_needs_no_network(imported):
-    "Whoever imports the package asks nobody anything"
-    assert imported[0]==[]
-
 def test_version_agrees():
     "settings.ini and the package name the same version"
     assert f'__version__ = "{cfg["version"]}"' in (root/'fgsynth'/'__init__.py').read_text()
@@ -89,9 +68,11 @@ def test_wheel_holds_every_wing(wheel):
     entry = z.read(next(o for o in names if o.endswith('entry_points.txt'))).decode()
     assert all(o in entry for o in scripts)
 
-def test_wheel_trains_in_an_empty_environment(wheel, tmp_path):
-    "Installed beside nothing but what it requires, it trains two steps with a preset's settings"
-    env = tmp_path/'env'
+@pytest.fixture(scope='module')
+def installed(wheel, tmp_path_factory):
+    """What a fresh process says that has the wheel beside nothing but what it requires: what it asked of the network
+    and which tools it loaded when it imported everything, where the package lies, how many steps it trained"""
+    top = tmp_path_factory.mktemp('installed'); env = top/'env'
     subprocess.run([sys.executable, '-m', 'venv', '--without-pip', env], check=True)
     exe = env/('Scripts' if sys.platform=='win32' else 'bin')/'python'
     where = subprocess.run([exe, '-c', "import sysconfig; print(sysconfig.get_path('purelib'))"],
@@ -99,7 +80,13 @@ def test_wheel_trains_in_an_empty_environment(wheel, tmp_path):
     required = sysconfig.get_path('purelib') # a line in a .pth file adds the packages there, and no development install
     Path(where, 'requirements.pth').write_text(f'{required}\n')
     subprocess.run([sys.executable, '-m', 'pip', '--python', exe, 'install', '-q', '--no-deps', wheel], check=True)
-    code = """import fgsynth
+    code = """import json, socket, sys
+asked = []
+def no(*args, **kwargs): asked.append(repr(args)); raise OSError('no network')
+socket.socket.connect = socket.getaddrinfo = socket.create_connection = no
+import fastai.vision.all, fgsynth.all, fgsynth.runs.table
+tools = [o for o in ('nbdev','execnb','pytest') if o in sys.modules]
+by_import = list(asked)
 from fastai.vision.all import *
 from fgsynth.all import *
 from fgsynth.runs.presets import read_preset
@@ -107,12 +94,25 @@ arch = read_preset('smoke').values['arch']
 items = get_dataset('finches', n_train=64, n_test=8, size=32)
 learn = ssl_learner(ssl_dls(items, size=32, bs=32), arch, MoCoV2(), cbs=synth_pairs())
 learn.fit(1, .01)
-print(fgsynth.__file__, len(learn.recorder.losses))"""
+said = dict(asked=by_import, tools=tools, file=fgsynth.__file__, steps=len(learn.recorder.losses))
+print(json.dumps(said))"""
     env_vars = {k:v for k,v in os.environ.items() if k!='PYTHONPATH'}
-    out = subprocess.run([exe, '-W', 'ignore', '-c', code], cwd=tmp_path, env=env_vars, capture_output=True, text=True)
+    out = subprocess.run([exe, '-W', 'ignore', '-c', code], cwd=top, env=env_vars, capture_output=True, text=True)
     assert out.returncode==0, out.stderr[-3000:]
-    file,steps = out.stdout.split()[-2:]
-    assert file.startswith(str(env)) and steps=='2'
+    return env, json.loads(out.stdout.splitlines()[-1])
+
+def test_imports_without_nbdev(installed):
+    "The library itself does not need nbdev"
+    assert installed[1]['tools']==[]
+
+def test_import_needs_no_network(installed):
+    "Whoever imports the package asks nobody anything"
+    assert installed[1]['asked']==[]
+
+def test_wheel_trains_in_an_empty_environment(installed):
+    "Installed beside nothing but what it requires, it trains two steps with a preset's settings"
+    env,said = installed
+    assert said['file'].startswith(str(env)) and said['steps']==2
 
 def test_together_counts_tests_and_notebooks(tmp_path):
     "What `make test` runs: the first tool's dots, the second one's list, and one closing line whatever happened"

@@ -3,6 +3,7 @@ import json, os, re, shutil
 import pytest, torch
 from fastcore.docments import docments
 from PIL import Image
+from figures import without_figures
 from fgsynth.core import InputError
 from fgsynth.data.finches import finches
 from fgsynth.files import write_json
@@ -23,6 +24,7 @@ def draw(folder, seed, n=40):
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(b.image.permute(1,2,0).numpy()).save(file)
 
+pytestmark = pytest.mark.usefixtures('undrawn')
 small = dict(synth='none', preset='my.toml', weights='start.safetensors', cache_dir='cache', out='run')
 
 @pytest.fixture(scope='module')
@@ -35,7 +37,8 @@ def made(tmp_path_factory):
     save_encoder(create_encoder('timm/test_byobnet'), home/'start.safetensors')
     before = os.getcwd()
     os.chdir(home)
-    try: train(data='photos', **small)
+    try:
+        with without_figures(): train(data='photos', **small)
     finally: os.chdir(before)
     return home,away
 

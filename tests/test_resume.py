@@ -18,6 +18,7 @@ from fgsynth.files import locked
 from fgsynth.methods import learner as making_learners
 from fgsynth.methods.learner import ssl_learner
 from fgsynth.methods.mocov2 import MoCoV2
+from fgsynth.methods.simsiam import SimSiam
 from fgsynth.nets.networks import Encoder
 from fgsynth.runs import measure, train as training # measure is loaded before its `run_items` is replaced
 from fgsynth.runs.checkpoints import read_checkpoint, to_plain, write_checkpoint
@@ -30,7 +31,7 @@ import killed
 def folders(forked, tmp_path_factory):
     "The run that was never interrupted, and the one that was killed 20 times"
     top = tmp_path_factory.mktemp('killed')
-    r = forked(root/'tests/killed.py', top)
+    r = forked(root/'tests/killed.py', top, figures=False)
     assert r.returncode==0, r.stdout + r.stderr
     return top/'whole', top/'killed', r.stdout
 
@@ -70,7 +71,7 @@ small = '--size 32 --bs 16 --epochs 2 --pretrain_epochs 1 --decoder_width 8 --sy
 small += ['--arch', 'timm/test_byobnet']
 
 @pytest.fixture
-def flock(monkeypatch):
+def flock(monkeypatch, undrawn):
     items = get_dataset('finches', n_train=48, n_test=16, size=32)
     monkeypatch.setattr(training, 'run_items', lambda *args: items)
 
@@ -217,11 +218,11 @@ def encoder():
     return Encoder(nn.Sequential(*layers), 72)
 
 @pytest.fixture(scope='module')
-def items(): return get_dataset('finches', n_train=256, n_test=8, size=32)
+def items(): return get_dataset('finches', n_train=64, n_test=8, size=32)
 
 def new(items, arch=None, method=None, valid_pct=0., path=None):
     set_seed(0)
-    dls = ssl_dls(items, size=32, bs=32, **(dict(valid_pct=valid_pct) if valid_pct else {}))
+    dls = ssl_dls(items, size=32, bs=8, **(dict(valid_pct=valid_pct) if valid_pct else {}))
     return ssl_learner(dls, arch or encoder(), method or MoCoV2(), cbs=synth_pairs(decoder_width=4), path=path)
 
 def fit(learn, *cbs, n=3, lr=.03):
@@ -286,7 +287,7 @@ def with_old_names(state):
 
 def test_checkpoints_of_version_0_0_1_are_read(items, tmp_path):
     "Between two batches whose gradients are gathered, so that gradients count, too"
-    def accumulate(): return GradientAccumulation(64)
+    def accumulate(): return GradientAccumulation(16)
     whole = fit(new(items), accumulate())
     fit(new(items), accumulate(), Pull(13), CheckpointCallback(tmp_path, every=1))
     state = read_checkpoint(tmp_path)
@@ -298,8 +299,8 @@ def test_checkpoints_of_version_0_0_1_are_read(items, tmp_path):
 def test_neighbours_with_a_memory_of_their_own(items, tmp_path):
     "Gradients that were gathered but not yet used, early stopping, the best model so far"
     def go(*cbs):
-        learn = new(items, method='simsiam', valid_pct=.25, path=tmp_path)
-        more = [GradientAccumulation(64), EarlyStoppingCallback('valid_loss', min_delta=10, patience=2),
+        learn = new(items, method=SimSiam(64,16), valid_pct=.25, path=tmp_path)
+        more = [GradientAccumulation(16), EarlyStoppingCallback('valid_loss', min_delta=10, patience=2),
                 SaveModelCallback('valid_loss', with_opt=True)]
         with suppress(KeyboardInterrupt), learn.no_bar(), learn.no_logging(): learn.fit(5, 0.03, cbs=[*more, *cbs])
         return learn
@@ -312,7 +313,7 @@ def test_neighbours_with_a_memory_of_their_own(items, tmp_path):
     assert all(p.equal(q) for p,q in zip(whole.model.parameters(), again.model.parameters()))
 
 def test_it_leaves_validate_and_lr_find_and_the_next_fit_alone(items, tmp_path):
-    learn = ssl_learner(ssl_dls(items, size=32, bs=32, valid_pct=.25), encoder(), 'simsiam', path=tmp_path,
+    learn = ssl_learner(ssl_dls(items, size=32, bs=8, valid_pct=.25), encoder(), SimSiam(64,16), path=tmp_path,
                         cbs=CheckpointCallback(tmp_path/'stay', resume=True))
     with learn.no_bar(), learn.no_logging():
         learn.validate(); learn.lr_find(num_it=10, show_plot=False)
@@ -327,7 +328,7 @@ def test_a_state_that_is_not_finite_is_not_kept(items, tmp_path):
             if self.training and self.train_iter==5: self.learn.model.queue[0] = float('nan')
     def go(*cbs):
         set_seed(0)
-        learn = ssl_learner(ssl_dls(items, size=32, bs=32, valid_pct=.25), encoder(), cbs=list(cbs))
+        learn = ssl_learner(ssl_dls(items, size=32, bs=8, valid_pct=.25), encoder(), cbs=list(cbs))
         with learn.no_bar(), learn.no_logging(): learn.fit(2, .01)
         return learn
     with pytest.raises(Exception, match='queue was not finite at step 5'):

@@ -1,8 +1,10 @@
 "Runs from settings to a folder: presets, training, measures, and the demo"
 import csv, inspect, json, math, pickle, re
 from copy import deepcopy
+from functools import partial
 import pytest, numpy as np, torch
 from conftest import root
+from figures import without_figures
 from fastai.callback.core import Callback
 from fgsynth.core import InputError
 from fgsynth.data.datasets import get_dataset
@@ -11,7 +13,7 @@ from fgsynth.nets.encoders import load_encoder, save_encoder, stages
 from fgsynth.show.explore import Explorer
 from fgsynth.synth.callbacks import PAPER, PerturbCallback, synth_pairs
 from fgsynth.runs import checkpoints, measure, train as training
-from fgsynth.runs.demo import demo
+from fgsynth.runs.demo import demo, warm_start
 from fgsynth.runs.measure import evaluate_run
 from fgsynth.runs.presets import Settings, origins, pair_defaults, preset_names, read_preset
 from fgsynth.runs.report import check_run_folder, open_run, read_run, text_table, write_report
@@ -160,7 +162,7 @@ def test_a_run_without_pairs_has_no_explorer(flock, tmp_path):
     base = train(preset='smoke', bs=64, synth='none', out=tmp_path/'base')
     assert not (base.run/'synth.safetensors').exists() and 'type="range"' not in (base.run/'report.html').read_text()
 
-def test_the_teacher_is_kept_and_measured_where_asked_for(flock, tmp_path):
+def test_the_teacher_is_kept_and_measured_where_asked_for(flock, tmp_path, undrawn):
     learn = train(preset='smoke', bs=64, synth='none', teacher=True, out=tmp_path/'run')
     kept = load_encoder(tmp_path/'run/encoder.safetensors')
     net = learn.model
@@ -173,13 +175,13 @@ def test_the_teacher_is_kept_and_measured_where_asked_for(flock, tmp_path):
         train(preset='smoke', method='simsiam', synth='none', teacher=True, out=tmp_path/'none')
     assert not (tmp_path/'none').exists()
 
-def test_the_length_of_a_queue_that_was_cut_is_said(flock, tmp_path, capsys):
+def test_the_length_of_a_queue_that_was_cut_is_said(flock, tmp_path, capsys, undrawn):
     train(preset='smoke', bs=64, synth='none', out=tmp_path/'cut')
     assert 'K = 256: --K takes another length' in capsys.readouterr().out
     train(preset='smoke', bs=64, synth='none', K=128, out=tmp_path/'given')
     assert '--K' not in capsys.readouterr().out
 
-def test_runs_of_earlier_versions_go_on(flock, tmp_path):
+def test_runs_of_earlier_versions_go_on(flock, tmp_path, undrawn):
     "They lack settings that have come since"
     out = tmp_path/'run'
     train(preset='smoke', bs=64, synth='none', out=out)
@@ -213,7 +215,8 @@ def test_start_order_and_views_do_not_depend_on_pairs(flock):
 
 @pytest.fixture(scope='module')
 def preset_run(flock, tmp_path_factory):
-    return train(preset='smoke', lr=.003, sigma_var=3., schedule='cosine', out=tmp_path_factory.mktemp('runs')/'preset')
+    with without_figures():
+        return train(preset='smoke', lr=.003, sigma_var=3., schedule='cosine', out=tmp_path_factory.mktemp('runs')/'p')
 
 def test_the_command_overrides_the_preset(preset_run):
     s = json.loads((preset_run.run/'settings.json').read_text())
@@ -313,7 +316,9 @@ def test_a_table_of_text_is_in_columns():
 @pytest.fixture(scope='module')
 def demo_run(tmp_path_factory):
     out = tmp_path_factory.mktemp('runs')/'demo'
-    return out, demo(str(out), size=32, n_train=256, n_test=160, epochs=1, pretrain_epochs=1, start_epochs=2)
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr('fgsynth.runs.demo.warm_start', partial(warm_start, n=128))
+        return out, demo(str(out), size=32, n_train=128, n_test=64, epochs=1, pretrain_epochs=1, start_epochs=2)
 
 def test_the_demo_has_four_rows_and_all_files(demo_run):
     out,rows = demo_run
@@ -332,5 +337,5 @@ def test_the_demos_encoders_differ(demo_run):
 
 def test_the_demo_keeps_its_settings(demo_run):
     s = json.loads((demo_run[0]/'settings.json').read_text())
-    assert (s['momentum'], s['decoder_width'], s['weights'], s['images'])==(.99, 16, 'encoder_start.safetensors', 256)
+    assert (s['momentum'], s['decoder_width'], s['weights'], s['images'])==(.99, 16, 'encoder_start.safetensors', 128)
     assert s['start']=='2 epochs with labels on eight other species' and 'total_seconds' in s

@@ -16,10 +16,10 @@ from fgsynth.show.pictures import find_neighbours, history, show_health, show_re
 from fgsynth.synth.callbacks import synth_pairs
 
 @pytest.fixture(scope='module')
-def items(): return get_dataset('finches', n_train=300, n_test=64, size=48)
+def items(): return get_dataset('finches', n_train=128, n_test=64, size=48)
 
 @pytest.fixture(scope='module')
-def dls(items): return ssl_dls(items, size=48, bs=64)
+def dls(items): return ssl_dls(items, size=48, bs=32)
 
 @pytest.fixture(scope='module')
 def learn(dls):
@@ -27,7 +27,7 @@ def learn(dls):
     learn = ssl_learner(dls, 'timm/test_byobnet', MoCoV2(momentum=.99),
                         cbs=synth_pairs(decoder_width=16, decoder_grid=12))
     with learn.no_bar(), learn.no_logging():
-        learn.pretrain_decoder(4)
+        learn.pretrain_decoder(2)
         learn.fit_one_cycle(2, slice(.001, .03))
     return learn
 

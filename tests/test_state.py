@@ -64,8 +64,9 @@ def test_what_freeze_froze_trains_after_unfreeze(dls, tmp_path, method, do):
     assert names <= moved(learn.model, was)
 
 @pytest.mark.parametrize('by_stage', [False,True])
-def test_frozen_stages_are_never_thawed(dls, by_stage):
-    learn = ssl_learner(dls, 'resnet18', frozen_stages=2, by_stage=by_stage)
+def test_frozen_stages_are_never_thawed(by_stage):
+    few = ssl_dls(get_dataset('finches', n_train=16, n_test=8, size=32), size=32, bs=8)
+    learn = ssl_learner(few, 'resnet18', frozen_stages=2, by_stage=by_stage)
     was,frozen = values(learn.model.encoder),('body.conv1','body.bn1','body.layer1')
     learn.freeze(); cosine(learn); learn.unfreeze(); quietly(learn, 1, .03)
     now = moved(learn.model.encoder, was)
@@ -111,7 +112,7 @@ def test_an_exported_learner_goes_on_as_if_nothing_had_happened(dls, tmp_path):
 # other images
 
 def test_views_follow_the_images(items):
-    learn = quietly(ssl_learner(ssl_dls(items, size=32, bs=32), net, 'simsiam'))
+    learn = quietly(ssl_learner(ssl_dls(items, size=32, bs=32), net, SimSiam(64,16)))
     for size in 48,64:
         learn.dls = ssl_dls(items, size=size, bs=32)
         seen = []
@@ -192,7 +193,7 @@ def said(f):
 kinds = dict(mocov2=MoCoV2, masked=lambda: MoCoV2(mask_same_image=True), simsiam=lambda: SimSiam(64,16), dino=tiny_dino)
 
 @pytest.mark.parametrize('name', kinds)
-@pytest.mark.parametrize('n', [64, 256])
+@pytest.mark.parametrize('n', [64, 160])
 def test_a_file_of_fewer_or_more_images(dls, tmp_path, name, n):
     "Queue and bank begin anew; weights, decoder and momentum are taken over, and training goes on"
     def make(dls): return ssl_learner(dls, small(), kinds[name](), cbs=synth_pairs(decoder_width=4), path=tmp_path)
@@ -228,7 +229,7 @@ def test_prototypes_of_more_images_stay_here(dls, tmp_path):
     assert moved(b.model, mine).isdisjoint(stay) and b.model.projector[0].weight.equal(a.model.projector[0].weight)
     quietly(b, 1, .01)
 
-@pytest.mark.parametrize('make', [lambda d,p: ssl_learner(d, 'resnet18', path=p),
+@pytest.mark.parametrize('make', [lambda d,p: ssl_learner(d, net, path=p),
     lambda d,p: ssl_learner(d, small(), SimSiam(64,16), path=p),
     lambda d,p: ssl_learner(d, small(), cbs=synth_pairs(decoder_width=8), path=p)], ids=['encoder','method','decoder'])
 def test_a_file_of_another_make_changes_nothing(dls, tmp_path, make):

@@ -48,6 +48,8 @@ def dls(items):
 def small():
     return Encoder(nn.Sequential(nn.Conv2d(3,8,3,2), nn.ReLU(), nn.AdaptiveAvgPool2d(3), nn.Flatten()), 72)
 
+narrow_pairs = partial(synth_pairs, decoder_width=4)
+
 def make(dls, method=None, cbs=None, **kw):
     "A learner that draws and writes nothing"
     learn = ssl_learner(dls, small(), method or MoCoV2(K=128), cbs=cbs, **kw)
@@ -208,12 +210,12 @@ def test_threshold_is_relative_or_absolute(tau_abs, want):
 
 @pytest.mark.parametrize('size,want', [(10,128), (200,200), (4096,256)])
 def test_the_bank_holds_two_batches_and_no_more_than_all_images(dls, size, want):
-    assert make(dls, cbs=synth_pairs(bank_size=size)).model.bank.size == want
+    assert make(dls, cbs=narrow_pairs(bank_size=size)).model.bank.size == want
 
 # a run
 
 def test_what_a_run_keeps_for_pictures(dls):
-    learn = make(dls, MoCoV2(), synth_pairs())
+    learn = make(dls, MoCoV2(), narrow_pairs())
     learn.fit(1, .03)
     columns = 'epoch train_loss ssl_loss feat_std rec_loss pair_loss pair_diff time'
     assert learn.recorder.metric_names == columns.split()
@@ -273,7 +275,7 @@ def test_in_the_first_batch_the_bank_has_no_opinion(first_steps):
 
 def passes(dls, **kw):
     "Passes through the encoder in each step, and the learner"
-    learn,n = make(dls, cbs=synth_pairs(update='frozen', **kw)),[]
+    learn,n = make(dls, cbs=narrow_pairs(update='frozen', **kw)),[]
     learn.model.encoder.register_forward_hook(lambda *o: n.append(1))
     learn.fit(1, .01)
     return len(n)/len(dls.train),learn
@@ -322,13 +324,13 @@ def test_a_frozen_decoder_passes_the_error_on(dls):
     assert encoder.any() and not decoder.any()
 
 def test_the_pair_does_not_train_the_decoder(dls):
-    encoder,decoder = gradients(dls, *synth_pairs(update='frozen', anchor='rec'))
+    encoder,decoder = gradients(dls, *narrow_pairs(update='frozen', anchor='rec'))
     assert encoder.any() and not decoder.any()
-    encoder,_ = gradients(dls, *synth_pairs(beta=0., update='frozen', lam=0.))
+    encoder,_ = gradients(dls, *narrow_pairs(beta=0., update='frozen', lam=0.))
     assert not encoder.any()
 
 def test_a_frozen_decoder_keeps_no_graph(dls):
-    learn,kept = make(dls, cbs=synth_pairs(update='frozen')),[]
+    learn,kept = make(dls, cbs=narrow_pairs(update='frozen')),[]
     learn.model.decoder.register_forward_hook(lambda *o: kept.append(torch.is_grad_enabled()))
     learn.fit(1, .01)
     assert set(kept) == {False}
@@ -341,7 +343,7 @@ def test_noise_alone_keeps_no_graph(dls):
 
 @pytest.mark.parametrize('update,moves', [('own',True), ('joint',True), ('frozen',False)])
 def test_who_moves_the_decoder(dls, update, moves):
-    learn = make(dls, cbs=synth_pairs(update=update))
+    learn = make(dls, cbs=narrow_pairs(update=update))
     before = learn.model.decoder.expand.weight.clone()
     learn.fit(1, .03)
     assert (learn.model.decoder.expand.weight!=before).any().item() == moves
@@ -357,13 +359,13 @@ def test_looking_changes_nothing(dls):
         dls.train.rng = random.Random(0)
         with learn.no_bar(), learn.no_logging(): learn.fit(1, .03)
         return learn.model.encoder.state_dict()
-    a,b = trained([]),trained(synth_pairs(beta=0., lam=0., update='frozen'))
+    a,b = trained([]),trained(narrow_pairs(beta=0., lam=0., update='frozen'))
     assert all(a[k].equal(b[k]) for k in a)
 
 # the pre-training
 
 def test_pretraining_encodes_each_image_once_and_leaves_the_rest_alone(dls):
-    learn = make(dls, cbs=synth_pairs(update='frozen'))
+    learn = make(dls, cbs=narrow_pairs(update='frozen'))
     net,seen = learn.model,[]
     net.decoder.requires_grad_(False)
     net.encoder.eval()
@@ -384,7 +386,7 @@ def test_pretraining_shows_a_bar_where_the_training_would(dls):
     bars = []
     class Bar(Callback):
         def before_fit(self): bars.append(hasattr(self.learn, 'progress'))
-    learn = ssl_learner(dls, small(), MoCoV2(K=128), cbs=synth_pairs())
+    learn = ssl_learner(dls, small(), MoCoV2(K=128), cbs=narrow_pairs())
     with learn.no_logging():
         learn.pretrain_decoder(1, cbs=Bar())
         with learn.no_bar(): learn.pretrain_decoder(1, cbs=Bar())
@@ -393,7 +395,7 @@ def test_pretraining_shows_a_bar_where_the_training_would(dls):
     assert bars == [True,False,False]
 
 def test_without_pretraining_the_first_batch_calibrates(dls):
-    learn = make(dls, cbs=synth_pairs())
+    learn = make(dls, cbs=narrow_pairs())
     decoder,calls = learn.model.decoder,[]
     assert bool(decoder.calibrated) is False
     once = decoder.calibrate
@@ -405,7 +407,7 @@ def test_without_pretraining_the_first_batch_calibrates(dls):
 
 def test_pretraining_is_watched(dls):
     "It names the encoder's weight"
-    learn = make(dls, cbs=synth_pairs())
+    learn = make(dls, cbs=narrow_pairs())
     learn.model.encoder.body[0].bias.data[0] = float('nan')
     with pytest.raises(InputError, match='encoder.body.0.bias was not finite at step 0'): learn.pretrain_decoder(1)
 
@@ -444,19 +446,19 @@ def test_a_decoder_without_contrast_is_warned_of(dls):
 
 def test_a_stale_bank_is_warned_of(dls):
     "With two features a step none is overwritten, so the oldest is from the first step"
-    steps,size = 3*len(dls.train),make(dls, cbs=synth_pairs()).model.bank.size
+    steps,size = 3*len(dls.train),make(dls, cbs=narrow_pairs()).model.bank.size
     assert size/2 > steps > 10
-    assert ['more than 10 steps old' in o for o in warned(dls, synth_pairs(max_pairs=2), stale=10)] == [True]
-    assert warned(dls, synth_pairs(max_pairs=2), stale=steps) == []
+    assert ['more than 10 steps old' in o for o in warned(dls, narrow_pairs(max_pairs=2), stale=10)] == [True]
+    assert warned(dls, narrow_pairs(max_pairs=2), stale=steps) == []
 
 def test_a_healthy_run_is_not_warned_of(dls):
     "32 features a step, and a look every other step"
-    most = math.ceil(make(dls, cbs=synth_pairs()).model.bank.size/32) + 2
-    assert warned(dls, synth_pairs(max_pairs=32), n=6, stale=most, patience=8) == []
-    assert ['steps old' in o for o in warned(dls, synth_pairs(max_pairs=32), n=6, stale=most//2)] == [True]
+    most = math.ceil(make(dls, cbs=narrow_pairs()).model.bank.size/32) + 2
+    assert warned(dls, narrow_pairs(max_pairs=32), n=6, stale=most, patience=8) == []
+    assert ['steps old' in o for o in warned(dls, narrow_pairs(max_pairs=32), n=6, stale=most//2)] == [True]
 
 def test_the_memory_does_not_age_while_the_decoder_is_trained(dls):
-    learn = make(dls, cbs=synth_pairs(), health=False)
+    learn = make(dls, cbs=narrow_pairs(), health=False)
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter('always')
         learn.pretrain_decoder(3, cbs=HealthCallback(every=2, stale=2, watch=learn.model))
@@ -476,7 +478,7 @@ def test_pairs_change_what_any_method_learns(dls, name):
         learn = make(dls, few[name], cbs)
         learn.fit(1, .02)
         return dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[-1]))
-    without,pairs = terms(None),terms(synth_pairs())
+    without,pairs = terms(None),terms(narrow_pairs())
     assert all(math.isfinite(v) for v in pairs.values())
     assert pairs['pair_diff'] > 0 and without['ssl_loss'] != pairs['ssl_loss']
     assert pairs['feat_std'] > .05 # no collapse within an epoch
@@ -489,7 +491,7 @@ class Bf16(Callback):
 
 @pytest.mark.parametrize('extra', [Bf16(), GradientAccumulation(128)], ids=['bfloat16','accumulation'])
 def test_losses_stay_finite_beside(dls, extra):
-    learn = make(dls, MoCoV2(), [*synth_pairs(), extra])
+    learn = make(dls, MoCoV2(), [*narrow_pairs(), extra])
     learn.fit(1, .02)
     assert all(math.isfinite(v) for v in learn.recorder.values[-1])
 
@@ -497,7 +499,7 @@ def test_losses_stay_finite_beside(dls, extra):
 def validated(items, tmp_path):
     "A learner with a validation part"
     set_seed(0)
-    return make(ssl_dls(items, size=32, bs=64, valid_pct=.25), SimSiam(64,16), synth_pairs(), path=tmp_path)
+    return make(ssl_dls(items, size=32, bs=64, valid_pct=.25), SimSiam(64,16), narrow_pairs(), path=tmp_path)
 
 def test_lr_find_summary_and_early_stop(validated):
     learn = validated

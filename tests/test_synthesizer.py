@@ -34,10 +34,10 @@ few = dict(mocov2=MoCoV2(K=2048), simsiam=SimSiam(64,16), simclr=SimCLR(dim=16),
 @pytest.fixture(scope='module')
 def items():
     set_seed(0)
-    return get_dataset('finches', n_train=256, n_test=8, size=48)
+    return get_dataset('finches', n_train=128, n_test=8, size=48)
 
 @pytest.fixture(scope='module')
-def dls(items): return ssl_dls(items, size=48, bs=64)
+def dls(items): return ssl_dls(items, size=48, bs=32)
 
 @pytest.fixture(scope='module')
 def x(items): return items.test[:8].float()/255

@@ -143,7 +143,7 @@ def test_a_run_that_cannot_be_deleted_is_one_sentence(windows, tmp_path):
     del held
     assert [o.name for o in open_run(tmp_path/'run', overwrite=True).iterdir() if o.name!='.lock']==[]
 
-def test_a_run_and_what_follows_it(windows, photos, tmp_path, monkeypatch, capsys):
+def test_a_run_and_what_follows_it(windows, photos, tmp_path, monkeypatch, capsys, undrawn):
     "Trained, resumed, measured, searched twice, labelled, exported and replaced"
     run,query = tmp_path/'run',sorted(photos.rglob('*.png'))[0]
     small = '--size 32 --bs 16 --epochs 1 --synth none --arch timm/test_byobnet'.split()

@@ -10,7 +10,7 @@ from fgsynth.runs.table import experiments, find_runs, read_runs, row_key, run_c
 from fgsynth.runs.train import fit_run, make_learner
 
 @pytest.fixture(scope='module')
-def items(): return get_dataset('finches', n_train=256, n_test=128, size=32)
+def items(): return get_dataset('finches', n_train=128, n_test=64, size=32)
 
 @pytest.fixture(scope='module', autouse=True)
 def trial(items):
