@@ -1,8 +1,8 @@
-"""Make the networks that come with fgsynth, and write beside them how they were made and what they are worth:
+"""Make the networks that come with fgsynth, and write beside them what they are worth:
 
-  python tools/example.py        # a quarter of an hour on one core
+  python tools/example.py        # half an hour on one core
 """
-import json, time
+import json
 from hashlib import sha256
 from pathlib import Path
 from safetensors import safe_open
@@ -19,6 +19,7 @@ def halve(file):
     with safe_open(file, 'pt') as f: about = f.metadata()
     state = {k:v.half() if v.is_floating_point() else v for k,v in load_file(file).items()}
     save_file(state, file, about)
+    file.chmod(0o644)
     return file
 
 def make_start():
@@ -26,28 +27,43 @@ def make_start():
     start = warm_start(arch, size, n=4000, epochs=6)
     return load_encoder(halve(save_encoder(start, folder/'start.safetensors')))
 
-def make_synthesizer(start, items):
-    "MoCo v2 with pairs from that start, and a decoder that was trained for long behind the result"
+def autoencode(encoder, images, epochs=36, bs=64):
+    "Encoder and decoder learn together to draw the images, as pictures of pairs are only worth looking at if they can"
     set_seed(0)
-    pairs = synth_pairs(decoder_width=16, decoder_grid=8)
-    learn = ssl_learner(ssl_dls(items, size=size, bs=64), start, MoCoV2(momentum=.99), frozen_bn=True, cbs=pairs)
-    learn.pretrain_decoder(6)
-    learn.fit_one_cycle(4, slice(.001, .03))
-    learn.pretrain_decoder(40)
+    with torch.no_grad(): z = torch.cat([encoder(float_images(o)) for o in images[:512].split(bs)])
+    decoder = Decoder(encoder.num_features, size, 16, 8).calibrate(z)
+    both = nn.ModuleList([encoder, decoder]).train().to(memory_format=torch.channels_last)
+    opt,steps = torch.optim.Adam(both.parameters(), 1e-3),epochs*(len(images)//bs)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 2e-3, steps)
+    for _ in range(epochs):
+        for i in torch.randperm(len(images))[:len(images)//bs*bs].split(bs):
+            x = float_images(images[i])
+            if torch.rand(())<.5: x = x.flip(-1)
+            loss = F.mse_loss(decoder(encoder(x)), x)
+            opt.zero_grad(); loss.backward(); opt.step(); schedule.step()
+    return decoder.eval()
+
+def make_synthesizer(encoder, decoder, items):
+    "MoCo v2 with pairs, while the encoder goes on hearing the decoder's error (Eq. 2)"
+    set_seed(0)
+    pairs = synth_pairs(decoder=decoder, update='joint', beta=1.)
+    learn = ssl_learner(ssl_dls(items, size=size, bs=64), encoder, MoCoV2(momentum=.99), frozen_bn=True, cbs=pairs)
+    learn.fit_one_cycle(2, slice(.0003, .01))
+    learn.pretrain_decoder(4, lr=5e-4)
     halve(learn.synthesizer().save(folder/'finches.safetensors'))
 
 def main():
-    begin = time.time()
     folder.mkdir(exist_ok=True)
     items = get_dataset('finches', n_train=3000, n_test=2000, size=size)
     start = make_start()
     measures = dict(start=evaluate(start, items, size))
-    make_synthesizer(start, items)
+    decoder = autoencode(start, finches(4000, size=size, seed=1).images)
+    make_synthesizer(start, decoder, items)
     syn = example_synthesizer()
     measures['finches'] = evaluate(syn.encoder, items, size)
     x = float_images(items.test[:500])
     error = F.mse_loss(syn.prepare(x).rec, x)
-    about = dict(made_by='python tools/example.py', seconds=round(time.time()-begin), torch=torch.__version__,
+    about = dict(made_by='python tools/example.py', torch=torch.__version__,
                  measures={k:{n:round(m, 1) for n,m in v.items()} for k,v in measures.items()},
                  squared_error=round(error.item(), 5),
                  sha256={f.name:sha256(f.read_bytes()).hexdigest() for f in sorted(folder.glob('*.safetensors'))})
