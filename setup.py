@@ -27,7 +27,8 @@ blob = f"{cfg['git_url']}/blob/{cfg['branch']}"
 readme = re.sub(r'(!\[[^\]]*\]\()(?![a-z]+:|[#/])', rf'\g<1>{raw}/', readme)
 readme = re.sub(r'((?<!!)\[[^\]]*\]\()(?![a-z]+:|[#/])', rf'\g<1>{blob}/', readme)
 
-extras = {o: cfg.get(f'{o}_requirements', '').split() for o in ('dev','lite','onnx','faiss','distrib','completion')}
+names = 'dev lite onnx faiss distrib completion app'.split()
+extras = {o: cfg.get(f'{o}_requirements', '').split() for o in names}
 
 setuptools.setup(
     name = cfg['lib_name'],

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['describe_parser', 'make_parser', 'find_data', 'find_run', 'find_place_for_run', 'known_commands', 'parser_of',
            'run_command_of', 'fgsynth_train', 'fgsynth_eval', 'fgsynth_demo', 'fgsynth_table', 'fgsynth_data',
-           'fgsynth_search', 'fgsynth_label', 'fgsynth_export']
+           'fgsynth_search', 'fgsynth_label', 'fgsynth_export', 'fgsynth_explore']
 
 # %% ../nbs/04_commands.ipynb #c7f14e4d
 import argparse, json, os, sys
@@ -131,9 +131,10 @@ def known_commands()->dict: # `commands`, from name to description, and `data_se
 def _look(prog, a, data_sets):
     "Refuse what can be refused by a look at names"
     if prog in ('fgsynth_train','fgsynth_table'): find_data(a['data'], data_sets)
-    if prog in ('fgsynth_train','fgsynth_demo') and not int(os.environ.get('RANK', 0)):
+    first = not int(os.environ.get('RANK', 0)) # of several processes
+    if prog in ('fgsynth_train','fgsynth_demo') and first and not a.get('dry_run'):
         find_place_for_run(a['out'], a['overwrite'], a.get('resume', False))
-    if prog in ('fgsynth_eval','fgsynth_search','fgsynth_label'): find_run(a['run'])
+    if prog in ('fgsynth_eval','fgsynth_search','fgsynth_label','fgsynth_explore') and a['run']: find_run(a['run'])
     if prog=='fgsynth_eval' and a['data']: find_data(a['data'], data_sets)
     if prog=='fgsynth_data' and 'name' in a: find_data(a['name'], data_sets)
 
@@ -151,7 +152,7 @@ def _print_completion(parser, shell):
     try: import shtab
     except ImportError:
         raise InputError("Completions need the package shtab: pip install 'fgsynth[completion]'.") from None
-    print(shtab.complete(parser, shell=shell))
+    print(shtab.complete(parser, shell))
 
 def parser_of(
     prog:str, # Name of the command
@@ -187,3 +188,4 @@ def fgsynth_data(): run_command_of('fgsynth_data', 'own.near')
 def fgsynth_search(): run_command_of('fgsynth_search', 'own.search')
 def fgsynth_label(): run_command_of('fgsynth_label', 'own.label')
 def fgsynth_export(): run_command_of('fgsynth_export', 'own.export')
+def fgsynth_explore(): run_command_of('fgsynth_explore', 'show.app')

@@ -226,3 +226,38 @@ def test_jupyterlab(opened, run_folder):
     page.get_by_role('button', name='reset').click()
     assert changed(page, before)==moves
     assert all((v==start[k]).all() for k,v in rows(page).items())
+
+@pytest.fixture(scope='module')
+def app(tmp_path_factory):
+    "`fgsynth_explore` without a run: the address that it serves"
+    pytest.importorskip('voila', reason='Voilà is not installed')
+    folder = tmp_path_factory.mktemp('app')
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+    code = 'from fgsynth.commands import fgsynth_explore; fgsynth_explore()'
+    env = {k:v for k,v in os.environ.items() if k!='IN_TEST'} | {'PYTHONPATH':str(Path(__file__).resolve().parents[1])}
+    with open(folder/'app.log', 'w') as log:
+        p = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code, '--no_browser', '--port', str(port)],
+                             cwd=folder, env=env, stdout=log, stderr=log)
+    try:
+        for _ in range(240):
+            assert p.poll() is None, (folder/'app.log').read_text()[-3000:]
+            with socket.socket() as s:
+                if not s.connect_ex(('127.0.0.1', port)): break
+            time.sleep(.5)
+        yield f'http://127.0.0.1:{port}'
+    finally: p.terminate(); p.wait(30)
+
+def test_the_app_moves_without_a_notebook(browser, app):
+    "The page shows sliders and no code, and without noise the perturbed images are the reconstructed ones"
+    page = browser.new_page(viewport=dict(width=1100, height=1300))
+    page.goto(app, timeout=180_000)
+    page.locator('img.widget-image').first.wait_for(timeout=180_000)
+    assert 'Explorer.from' not in page.inner_text('body')
+    before = rows(page)
+    for i in range(2):
+        handle = page.locator('.widget-hslider .noUi-handle').nth(i)
+        handle.focus(); page.keyboard.press('Home')
+    assert changed(page, before)=={'perturbed','difference'}
+    now = {k:v[:,96:].astype(int) for k,v in rows(page).items()}
+    assert abs(now['perturbed'] - now['reconstructed']).max()<=1
+    shot(page, 'app'); page.close()

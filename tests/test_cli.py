@@ -101,7 +101,8 @@ def test_preset_and_dry_run(photos, tmp_path, monkeypatch, capsys, undrawn):
     call(monkeypatch, 'fgsynth_train', '--preset', mine, *args, '--epochs', 5, '--synth', 'none', '--resume')
     assert 'is complete' in capsys.readouterr().out
     for name,words in (('smock', "did you mean 'smoke'"), (tmp_path/'none.toml', 'no preset')):
-        with pytest.raises(SystemExit) as e: call(monkeypatch, 'fgsynth_train', '--preset', name, *args)
+        bad = ['--preset', name, *args[:-1], tmp_path/'new']
+        with pytest.raises(SystemExit) as e: call(monkeypatch, 'fgsynth_train', *bad)
         assert words in str(e.value)
 
 def test_table(photos, tmp_path, monkeypatch, capsys):

@@ -12,9 +12,11 @@ from fgsynth.runs.demo import demo
 from fgsynth.runs.measure import evaluate_run
 from fgsynth.runs.table import table
 from fgsynth.runs.train import train
+from fgsynth.show.app import explore_in_browser
 
 functions = dict(fgsynth_train=train, fgsynth_eval=evaluate_run, fgsynth_demo=demo, fgsynth_table=table,
-                 fgsynth_search=search_run, fgsynth_label=label_run, fgsynth_export=export_run)
+                 fgsynth_search=search_run, fgsynth_label=label_run, fgsynth_export=export_run,
+                 fgsynth_explore=explore_in_browser)
 file = Path(__file__).resolve().parent.parent/'fgsynth'/'commands.json'
 
 def described():

@@ -67,7 +67,7 @@ def main():
                  measures={k:{n:round(m, 1) for n,m in v.items()} for k,v in measures.items()},
                  squared_error=round(error.item(), 5),
                  sha256={f.name:sha256(f.read_bytes()).hexdigest() for f in sorted(folder.glob('*.safetensors'))})
-    (folder/'about.json').write_text(json.dumps(about, indent=1)+'\n')
+    (folder/'about.json').write_text(json.dumps(about, indent=1)+'\n', encoding='utf-8')
     print(json.dumps(about, indent=1))
 
 if __name__=='__main__': main()
