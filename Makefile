@@ -27,7 +27,7 @@ demo: $(READY)  ## the main job on drawn finches: a table, and pictures and repo
 
 # pytest and nbdev_test run at the same time, each in as many processes as there are cores, four at most; each process
 # keeps to one core
-WORKERS := $(shell n=$$(nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2); [ $$n -lt 4 ] && echo $$n || echo 4)
+WORKERS := $(shell n=$$(env -u OMP_NUM_THREADS nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2); [ $$n -lt 4 ] && echo $$n || echo 4)
 QUIETLY := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 PYTHONWARNINGS=ignore MPLBACKEND=agg
 
 test: $(READY)  ## run every notebook (nbdev_test) and tests/ (pytest); ends with "N passed, N failed"
