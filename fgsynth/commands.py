@@ -154,12 +154,19 @@ def _print_completion(parser, shell):
         raise InputError("Completions need the package shtab: pip install 'fgsynth[completion]'.") from None
     print(shtab.complete(parser, shell))
 
+class _Completion(argparse.Action):
+    "Prints completions and ends, as `--help` does, whatever else is missing"
+    def __call__(self, parser, namespace, shell, option=None):
+        _print_completion(parser, shell)
+        parser.exit()
+
 def parser_of(
     prog:str, # Name of the command
+    described:dict, # From `describe_parser`
 )->argparse.ArgumentParser:
     "The parser of a command, without its module"
-    parser = make_parser(prog, known_commands()['commands'][prog])
-    parser.add_argument('--completion', choices=['bash','zsh'], metavar='SHELL',
+    parser = make_parser(prog, described)
+    parser.add_argument('--completion', action=_Completion, choices=['bash','zsh'], metavar='SHELL',
                         help="print completions for bash or zsh, for a file that the shell reads")
     return parser
 
@@ -170,10 +177,9 @@ def run_command_of(
 ):
     "Look at the arguments, and only then import the module and go on"
     try:
-        parser = parser_of(prog)
-        if any(o.startswith('--completion') for o in sys.argv[1:]):
-            return _print_completion(parser, (sys.argv[sys.argv.index('--completion'):] + ['bash'])[1])
-        _look(prog, vars(parser.parse_args()), known_commands()['data_sets'])
+        known = known_commands()
+        given = vars(parser_of(prog, known['commands'][prog]).parse_args())
+        _look(prog, given, known['data_sets'])
         with _starting(prog): command = getattr(import_module(f'fgsynth.{module}'), prog)
     except InputError as e: sys.exit(f'{prog}: {e}')
     except KeyboardInterrupt: sys.exit(130)

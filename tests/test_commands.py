@@ -21,7 +21,7 @@ def test_the_light_parser_accepts_what_the_functions_own_does(name):
     assert options(ours)==options(theirs)
 
 def test_commands_within_a_command():
-    parse = parser_of('fgsynth_data').parse_args
+    parse = parser_of('fgsynth_data', known_commands()['commands']['fgsynth_data']).parse_args
     assert vars(parse(['check','my/photos','--small','20'])) | dict(completion=None)==dict(
         what='check', name='my/photos', path=None, small=20, near=None, completion=None)
     assert parse(['list']).what=='list'
@@ -63,6 +63,7 @@ def test_help_is_light_and_names_every_option(light, name):
     (['fgsynth_eval','runs/none'], 1, 'no finished run'),
     (['fgsynth_search','runs/none','a.png'], 1, 'no finished run'),
     (['fgsynth_label','runs/none','labels.csv'], 1, 'no finished run'),
+    (['fgsynth_train','--completion','fish'], 2, 'invalid choice'),
     (['fgsynth_data','chekc','photos'], 2, 'invalid choice'),
     (['fgsynth_data','check','no/photos'], 1, 'does not exist'),
     (['fgsynth_data'], 2, 'required')])
@@ -83,8 +84,10 @@ def test_a_place_that_is_taken_is_said_at_once(light, tmp_path):
 def test_completions(monkeypatch, capsys, shell, word):
     pytest.importorskip('shtab')
     for name in names:
-        monkeypatch.setattr(sys, 'argv', [name, '--completion', shell])
-        run_command_of(name, 'none')
+        asked = [f'--completion={shell}'] if shell=='zsh' else ['--completion', shell]
+        monkeypatch.setattr(sys, 'argv', [name, *asked])
+        with pytest.raises(SystemExit) as e: run_command_of(name, 'none')
+        assert not e.value.code
         said = capsys.readouterr().out
         assert word in said and name in said
 

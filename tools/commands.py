@@ -3,7 +3,7 @@ import json
 from pathlib import Path
 from fastcore.script import anno_parser
 from fgsynth.commands import describe_parser
-from fgsynth.data.check import _parser
+from fgsynth.data.check import data_parser
 from fgsynth.data.datasets import data_sets
 from fgsynth.own.export import export_run
 from fgsynth.own.label import label_run
@@ -21,7 +21,7 @@ file = Path(__file__).resolve().parent.parent/'fgsynth'/'commands.json'
 
 def described():
     "All commands, as text"
-    parsers = {k:anno_parser(f, prog=k) for k,f in functions.items()} | dict(fgsynth_data=_parser())
+    parsers = {k:anno_parser(f, prog=k) for k,f in functions.items()} | dict(fgsynth_data=data_parser())
     res = dict(commands={k:describe_parser(p) for k,p in parsers.items()}, data_sets=list(data_sets))
     return json.dumps(res, indent=1, ensure_ascii=False) + '\n'
 

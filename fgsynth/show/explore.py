@@ -12,10 +12,10 @@ from types import SimpleNamespace
 from fastai.basics import *
 from ..core import InputError
 from ..files import load_tensors
+from ..data.finches import finches
 from ..data.images import float_images
 from ..nets.saliency import Saliency
 from ..synth.perturb import MODES
-from ..data.finches import finches
 from ..synth.synthesizer import Synthesizer
 from ..synth.example import example_synthesizer
 from ..evaluate.attention import attention_maps
