@@ -16,6 +16,14 @@ def call(monkeypatch, command, *args):
     monkeypatch.setattr(sys, 'argv', [command, *map(str, args)])
     next(iter(entry_points(group='console_scripts', name=command))).load()()
 
+def save_photos(top, n):
+    "So many drawn finches of two species, as files in a folder; returns it"
+    from PIL import Image
+    from fgsynth.data.finches import finches
+    for i,b in enumerate(finches(n, 40, n_species=2, seed=3)):
+        Image.fromarray(b.image.permute(1,2,0).numpy()).save(top/f'{i}.png')
+    return top
+
 @pytest.fixture
 def undrawn():
     "Runs of this process leave no figures"

@@ -1,5 +1,6 @@
 "The explorer as a person meets it: in a page without a kernel, and in JupyterLab, both in headless Chromium"
 import base64, io, json, os, shutil, socket, subprocess, sys, time, urllib.request, warnings
+from contextlib import contextmanager
 from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
@@ -66,12 +67,29 @@ def test_page_without_a_kernel(browser, run_folder, tmp_path):
     assert not errors and not [u for u in asked if not u.startswith(('file:','data:'))]
     shot(page, 'static'); page.close()
 
+def free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+@contextmanager
+def served(args, folder, env, ready):
+    "Inside, Python serves with these arguments; it begins when `ready()` raises no OSError"
+    with open(folder/'server.log', 'w') as log:
+        p = subprocess.Popen([sys.executable, *map(str, args)], cwd=folder, env=env, stdout=log, stderr=log)
+    try:
+        for _ in range(240):
+            assert p.poll() is None, (folder/'server.log').read_text()[-3000:]
+            try: ready(); break
+            except OSError: time.sleep(.5)
+        yield
+    finally: p.terminate(); p.wait(30)
+
 @pytest.fixture(scope='module')
 def lab(tmp_path_factory):
     "A JupyterLab server: its address and its folder"
     pytest.importorskip('jupyterlab', reason='JupyterLab is not installed')
-    folder = tmp_path_factory.mktemp('lab')
-    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+    folder,port = tmp_path_factory.mktemp('lab'),free_port()
     env = {k:v for k,v in os.environ.items() if k!='IN_TEST'}
     env |= {f'JUPYTER_{k}':str(folder/k.lower()) for k in ('CONFIG_DIR','DATA_DIR','RUNTIME_DIR')}
     env |= {'IPYTHONDIR':str(folder/'ipython'), 'JUPYTERLAB_SETTINGS_DIR':str(folder/'settings')}
@@ -82,15 +100,9 @@ def lab(tmp_path_factory):
     args = ['--no-browser', '--allow-root', '--ServerApp.ip=127.0.0.1', f'--ServerApp.port={port}',
             '--ServerApp.port_retries=0', '--IdentityProvider.token=', '--LabApp.news_url=',
             '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate']
-    with open(folder/'lab.log', 'w') as log:
-        p = subprocess.Popen([sys.executable, '-m', 'jupyterlab', *args], cwd=folder, env=env, stdout=log, stderr=log)
-    try:
-        for _ in range(240):
-            assert p.poll() is None, (folder/'lab.log').read_text()[-3000:]
-            try: urllib.request.urlopen(f'http://127.0.0.1:{port}/api', timeout=1); break
-            except OSError: time.sleep(.5)
-        yield f'http://127.0.0.1:{port}',folder
-    finally: p.terminate(); p.wait(30)
+    url = f'http://127.0.0.1:{port}'
+    def ready(): urllib.request.urlopen(f'{url}/api', timeout=1)
+    with served(['-m', 'jupyterlab', *args], folder, env, ready): yield url,folder
 
 def notebook(path, *cells):
     def cell(i, source):
@@ -231,21 +243,12 @@ def test_jupyterlab(opened, run_folder):
 def app(tmp_path_factory):
     "`fgsynth_explore` without a run: the address that it serves"
     pytest.importorskip('voila', reason='Voilà is not installed')
-    folder = tmp_path_factory.mktemp('app')
-    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+    folder,port = tmp_path_factory.mktemp('app'),free_port()
     code = 'from fgsynth.commands import fgsynth_explore; fgsynth_explore()'
     env = {k:v for k,v in os.environ.items() if k!='IN_TEST'} | {'PYTHONPATH':str(Path(__file__).resolve().parents[1])}
-    with open(folder/'app.log', 'w') as log:
-        p = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code, '--no_browser', '--port', str(port)],
-                             cwd=folder, env=env, stdout=log, stderr=log)
-    try:
-        for _ in range(240):
-            assert p.poll() is None, (folder/'app.log').read_text()[-3000:]
-            with socket.socket() as s:
-                if not s.connect_ex(('127.0.0.1', port)): break
-            time.sleep(.5)
-        yield f'http://127.0.0.1:{port}'
-    finally: p.terminate(); p.wait(30)
+    def ready(): socket.create_connection(('127.0.0.1', port), 1).close() # a request would begin to run the notebook
+    args = '-W', 'ignore', '-c', code, '--no_browser', '--port', port
+    with served(args, folder, env, ready): yield f'http://127.0.0.1:{port}'
 
 def test_the_app_moves_without_a_notebook(browser, app):
     "The page shows sliders and no code, and without noise the perturbed images are the reconstructed ones"

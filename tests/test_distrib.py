@@ -2,7 +2,7 @@
 import json, os, subprocess, sys, time
 from pathlib import Path
 import pytest, torch
-from conftest import root
+from conftest import root, save_photos
 from safetensors.torch import load_file
 
 pytest.importorskip('accelerate')
@@ -69,13 +69,7 @@ def test_what_one_process_does_alone_leaves_nobody_waiting(launch, tmp_path):
 small = '--size 32 --bs 8 --pretrain_epochs 1 --decoder_width 8 --arch timm/test_byobnet'.split()
 
 @pytest.fixture(scope='module')
-def photos(tmp_path_factory):
-    from fgsynth.data.finches import finches
-    from PIL import Image
-    top = tmp_path_factory.mktemp('photos')
-    for i,b in enumerate(finches(50, 40, n_species=2, seed=3)):
-        Image.fromarray(b.image.permute(1,2,0).numpy()).save(top/f'{i}.png')
-    return top
+def photos(tmp_path_factory): return save_photos(tmp_path_factory.mktemp('photos'), 50)
 
 def training(photos, out, *args): return exe/'fgsynth_train', '--data', photos, *small, '--out', out, *args
 

@@ -5,11 +5,9 @@ from pathlib import Path
 import pytest, torch
 from fastai.callback.progress import ProgressCallback
 from fastcore.basics import noop
-from conftest import call
-from PIL import Image
+from conftest import call, save_photos
 from fgsynth.all import *
 from fgsynth.cli import as_sentences, if_interrupted, is_interactive, run_command, with_bar, without_foreign_bars
-from fgsynth.data.finches import finches
 from fgsynth.data.images import map_threads
 from fgsynth.runs import table as table_room, train as train_room
 from fgsynth.runs.demo import warm_start
@@ -97,11 +95,7 @@ def test_fastais_own_uses_of_the_bars_work_in_a_log(dls):
     assert isinstance(learn.progress, ProgressCallback) and learn.logger is print
 
 @pytest.fixture(scope='module')
-def photos(tmp_path_factory):
-    top = tmp_path_factory.mktemp('photos')
-    for i,b in enumerate(finches(40, 40, n_species=2, seed=3)):
-        Image.fromarray(b.image.permute(1,2,0).numpy()).save(top/f'{i}.png')
-    return top
+def photos(tmp_path_factory): return save_photos(tmp_path_factory.mktemp('photos'), 40)
 
 def smoke(photos): return '--preset','smoke','--data',photos,'--bs','16'
 
