@@ -11,7 +11,7 @@ from fgsynth.data.items import Items, check_labels, choose_per_class, hold_out, 
 from fgsynth.data.layouts import split_items
 from fgsynth.data.loaders import labelled_dls
 from fgsynth.evaluate.features import check_features, labelled_split
-from fgsynth.evaluate.measures import search_measures
+from fgsynth.evaluate.measures import search_scores
 from fgsynth.evaluate.probe import fit_probe, probe_features, top_k
 from fgsynth.evaluate.retrieval import ClassSorted, knn, neighbour_vote, retrieval
 from fgsynth.evaluate.shake import shake_kinds
@@ -52,7 +52,7 @@ open_uses = dict( # and those that count them
     retrieval=lambda y: retrieval(z, y), gallery=lambda y: retrieval(z, torch.arange(n)%C, z, y),
     class_sorted=lambda y: ClassSorted(z, y, 'cpu'), knn_train=lambda y: knn(z, y, z, torch.arange(n)%C),
     knn_test=lambda y: knn(z, torch.arange(n)%C, z, y), probe=lambda y: fit_probe(z, y, epochs=1),
-    search_measures=lambda y: search_measures(z, y, z, torch.arange(n)%C),
+    search_scores=lambda y: search_scores(z, y, z, torch.arange(n)%C),
     shake=lambda y: shake_kinds(z, y, {}, z.std(0), z, torch.arange(n)%C),
     shake_bank=lambda y: shake_kinds(z, torch.arange(n)%C, {}, z.std(0), z, y))
 all_uses = {**uses, **open_uses}

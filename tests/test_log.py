@@ -10,7 +10,6 @@ from fgsynth.all import *
 from fgsynth.cli import as_sentences, if_interrupted, is_interactive, run_command, with_bar, without_foreign_bars
 from fgsynth.data.images import map_threads
 from fgsynth.runs import table as table_room, train as train_room
-from fgsynth.runs.demo import warm_start
 
 class Terminal(io.StringIO):
     def isatty(self): return True
@@ -69,10 +68,9 @@ def test_the_line_has_what_the_table_has(dls):
     want = [f'{k} {v:.4g}' if isinstance(v, float) else f'{k} {v}' for k,v in zip(names, values) if v is not None]
     assert text.strip().split(', ')==want
 
-def test_decoder_and_start_write_one_line_an_epoch(dls):
+def test_a_decoder_writes_one_line_an_epoch(dls):
     learn = new(dls, cbs=synth_pairs(decoder_width=4))
     assert epochs(printed(lambda: learn.pretrain_decoder(2)))==2
-    assert epochs(printed(lambda: warm_start('timm/test_byobnet', 32, n=64, epochs=2)))==2
 
 def test_a_terminal_keeps_bars_and_table(dls):
     text = printed(lambda: new(dls).fit(1, .01), Terminal())
@@ -150,7 +148,8 @@ def test_a_table_goes_on_with_the_same_command(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize('room,name,args', [('data.check','get_dataset',('fgsynth_data','check','{}')),
     ('data.check','get_dataset',('fgsynth_data','download','cub200','{}')),
-    ('runs.measure','read_run',('fgsynth_eval','{}')), ('runs.demo','get_dataset',('fgsynth_demo','--out','{}/demo')),
+    ('runs.measure','read_run',('fgsynth_eval','{}')),
+    ('runs.demo','get_dataset',('fgsynth_demo','--small','--out','{}/demo')),
     ('own.search','read_run',('fgsynth_search','{}','x.png')), ('own.export','export_encoder',('fgsynth_export','{}')),
     ('own.label','read_labels',('fgsynth_label','{}','x.csv'))])
 def test_every_command_ends_in_one_sentence(room, name, args, tmp_path, monkeypatch, capsys):

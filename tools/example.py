@@ -9,7 +9,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from fastai.basics import *
 from fgsynth.all import *
-from fgsynth.runs.demo import warm_start
+from fgsynth.data.drawing import SPECIES, draw_finches
+from fgsynth.data.loaders import labelled_dls
 
 folder = Path(__file__).resolve().parent.parent/'fgsynth'/'example'
 arch,size = 'timm/test_byobnet',64
@@ -22,10 +23,17 @@ def halve(file):
     file.chmod(0o644)
     return file
 
-def make_start():
+def make_start(n=4000, epochs=6):
     "Labels, but of other species than those that will be looked at"
-    start = warm_start(arch, size, n=4000, epochs=6)
-    return load_encoder(halve(save_encoder(start, folder/'start.safetensors')))
+    y = torch.arange(n)%8
+    x,_ = draw_finches(y+8, size, seed=1000)
+    items = Items('other finches', x, x[:64], y, y[:64], [s.name for s in SPECIES[8:]])
+    set_seed(0)
+    start = create_encoder(arch, size=size)
+    classifier = nn.Sequential(start, nn.Linear(start.num_features, 8))
+    learn = Learner(labelled_dls(items, size=size, bs=64), classifier, loss_func=CrossEntropyLossFlat())
+    learn.fit_one_cycle(epochs, 4e-3)
+    return load_encoder(halve(save_encoder(start.eval(), folder/'start.safetensors')))
 
 def autoencode(encoder, images, epochs=36, bs=64):
     "Encoder and decoder learn together to draw the images, as pictures of pairs are only worth looking at if they can"

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['columns', 'check_run_folder', 'open_run', 'writing_run', 'read_run', 'images_of_run', 'versions', 'text_table',
-           'example_images', 'save_figure', 'save_pictures', 'save_neighbours', 'describe_attention', 'write_report']
+           'markdown_rows', 'example_images', 'save_figure', 'save_pictures', 'save_neighbours', 'describe_attention',
+           'write_report']
 
 # %% ../../nbs/runs/01_report.ipynb #0ed92318
 import base64, html, platform, shutil, fgsynth
@@ -106,14 +107,18 @@ def versions()->dict: # Name to text
 
 # %% ../../nbs/runs/01_report.ipynb #24ae1a4f
 columns = dict(method='method', synth='synth', top1_100='100 %', top1_50='50 %', top1_20='20 %',
-               rank1='rank-1', rank5='rank-5', map='mAP', seconds='seconds')
+               rank1='rank-1', rank5='rank-5', map='mAP', on_parts='attention', seconds='seconds')
+_words = 'method','synth'
 
 def _as_text(column, value):
     if value is None: return ''
     if isinstance(value, str): return value
     return f'{value:.0f}' if column=='seconds' else f'{value:.1f}'
 
-def _cells(rows): return [list(columns.values())] + [[_as_text(k, r.get(k)) for k in columns] for r in rows]
+def _cells(rows):
+    "The head and the rows of a table as text"
+    filled = [k for k in columns if any(r.get(k) is not None for r in rows)]
+    return [{k:columns[k] for k in filled}, *[{k:_as_text(k, r.get(k)) for k in filled} for r in rows]]
 
 # %% ../../nbs/runs/01_report.ipynb #387e5112
 def text_table(
@@ -121,9 +126,17 @@ def text_table(
 )->str:
     "The measurements as text in columns: linear probe at 100, 50 and 20 % of the labels, retrieval, seconds"
     cells = _cells(rows)
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    def line(row): return '  '.join(c.ljust(w) if i<2 else c.rjust(w) for i,(c,w) in enumerate(zip(row, widths)))
+    widths = {k:max(len(r[k]) for r in cells) for k in cells[0]}
+    def line(row): return '  '.join(c.ljust(widths[k]) if k in _words else c.rjust(widths[k]) for k,c in row.items())
     return '\n'.join(line(row).rstrip() for row in cells)
+
+# %% ../../nbs/runs/01_report.ipynb #25610b5f
+def markdown_rows(
+    rows:list, # One dict per encoder
+)->str:
+    "The same as a table in Markdown"
+    head,*body = [list(r.values()) for r in _cells(rows)]
+    return '\n'.join('| '+' | '.join(o)+' |' for o in [head, ['---']*len(head), *body])
 
 # %% ../../nbs/runs/01_report.ipynb #4e5a37b7
 def example_images(
@@ -234,7 +247,7 @@ def _figure(png, caption):
 
 # %% ../../nbs/runs/01_report.ipynb #3c5fbdb3
 def _measurements(rows, notes):
-    head,*body = _cells(rows)
+    head,*body = [list(r.values()) for r in _cells(rows)]
     about = ('<h2>Measurements</h2><p>Percent: top-1 of a linear probe with 100, 50 and 20 % of the labels; '
              'retrieval among the test images.</p>')
     return about + _html_table(head, body) + ''.join(f'<p>{_escape(n)}</p>' for n in notes)
