@@ -32,7 +32,8 @@ def _read_rows(file):
     def value(v):
         try: return float(v) if v else None
         except ValueError: return v
-    with open(file, encoding='utf-8', newline='') as f: return [{k:value(v) for k,v in r.items()} for r in csv.DictReader(f)]
+    with open(file, encoding='utf-8', newline='') as f:
+        return [{k:value(v) for k,v in r.items()} for r in csv.DictReader(f)]
 
 def demo_tables(
     out, # Folder of a demo
@@ -177,7 +178,7 @@ def announce(
 def demo(
     out:str='runs/demo', # Folder for everything about the demo
     small:store_true=False, # Start from the small network that comes with fgsynth, not from ImageNet weights
-    n_train:int=2000, # Unlabelled images
+    n_train:int=1500, # Unlabelled images
     n_test:int=1000, # Test images
     size:int=64, # Image size in pixels
     epochs:int=3, # Passes over the images in each training
