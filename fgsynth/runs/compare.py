@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from scipy import stats
 from ..core import InputError
 from .presets import Settings
+from .report import as_markdown
 from .table import find_runs
 
 # %% ../../nbs/runs/08_compare.ipynb #78064ad8
@@ -75,9 +76,7 @@ def markdown_table(
 )->str:
     "Rows as a table in Markdown"
     columns = list(dict.fromkeys(k for r in rows.values() for k in r))
-    lines = [['', *columns], ['---']*(len(columns)+1)]
-    lines += [[name, *[str(r.get(c, '')) for c in columns]] for name,r in rows.items()]
-    return '\n'.join('| '+' | '.join(line)+' |' for line in lines)
+    return as_markdown([['', *columns], *[[name, *[str(r.get(c, '')) for c in columns]] for name,r in rows.items()]])
 
 # %% ../../nbs/runs/08_compare.ipynb #ec6bb413
 def runs_of(

@@ -18,7 +18,7 @@ from ..data.datasets import get_dataset
 from ..nets.encoders import create_encoder, save_encoder
 from ..synth.decoding import pretrain_where_needed
 from ..synth.example import example_start
-from ..evaluate.measures import evaluate, interval
+from ..evaluate.measures import evaluate, interval, mean_scores
 from ..evaluate.attention import attention_maps, attention_on_parts
 from ..show.pictures import history, show_attention, show_health
 from .presets import Settings
@@ -42,7 +42,8 @@ def demo_tables(
     out = Path(out)
     rows,gains = _read_rows(out/'metrics.csv'),_read_rows(out/'gains.csv')
     for r in rows: r.pop('synth', None) # the names of the rows say it
-    return '\n\n'.join([markdown_rows(rows), markdown_rows(gains), *(out/'notes.txt').read_text('utf-8').splitlines()])
+    notes = (out/'notes.txt').read_text(encoding='utf-8').splitlines()
+    return '\n\n'.join([markdown_rows(rows), markdown_rows(gains), *notes])
 
 # %% ../../nbs/runs/06_demo.ipynb #1c16c559
 def demo_settings(
@@ -76,7 +77,7 @@ def demo_row(
 )->tuple: # The row, and what each test image contributes to it
     "Measure one encoder"
     each = evaluate(encoder, items, s.size, seed=s.seed, per_image=True)
-    row = dict(method=name, seed=s.seed, **more, **{k:v.nanmean().item() for k,v in each.items()})
+    row = dict(method=name, seed=s.seed, **more, **mean_scores(each))
     with suppress(InputError): row['on_parts'] = attention_on_parts(encoder, items, s.size)['share']
     return row,each
 
@@ -143,7 +144,7 @@ def demo_notes(
 # %% ../../nbs/runs/06_demo.ipynb #69a2a687
 def _compare_attention(x, start, nets, out):
     "Where the start and the trained encoders look"
-    maps = {'start':attention_maps(start, x)}
+    maps = {_start:attention_maps(start, x)}
     for k,net in nets.items(): maps[arms[k]] = attention_maps(net.encoder, x, net.projector)
     save_figure(show_attention(x, maps), out/'attention.png')
 
@@ -221,15 +222,16 @@ def _demo_trainings(items, s, start, out, phase):
 # %% ../../nbs/runs/06_demo.ipynb #e65a4d75
 def _write_demo(out, about, rows, each, items):
     gains = demo_gains(each)
+    differences = gain_rows(gains)
     notes = demo_notes(gains, len(items.test), len(items.classes), rows[0]['seed'])
     shown = [{k:v for k,v in r.items() if k!='synth'} for r in rows] # their names say it
     write_json(out/'settings.json', about)
     write_csv(out/'metrics.csv', rows)
-    write_csv(out/'gains.csv', gain_rows(gains))
+    write_csv(out/'gains.csv', differences)
     (out/'notes.txt').write_text('\n'.join(notes)+'\n', encoding='utf-8')
     write_report(out, 'MoCo v2 on drawn finches, with and without synthesized pairs', about,
-                 [*shown, *gain_rows(gains)], notes)
-    print('\n'.join(['', text_table(shown), '', text_table(gain_rows(gains)), '', *notes]))
+                 [*shown, *differences], notes)
+    print('\n'.join(['', text_table(shown), '', text_table(differences), '', *notes]))
     print(f"Wrote {out}/report.html in {about['total_seconds']:.0f} seconds")
 
 # %% ../../nbs/runs/06_demo.ipynb #f5892745

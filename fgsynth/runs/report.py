@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['columns', 'check_run_folder', 'open_run', 'writing_run', 'read_run', 'images_of_run', 'versions', 'text_table',
-           'markdown_rows', 'example_images', 'save_figure', 'save_pictures', 'save_neighbours', 'describe_attention',
-           'write_report']
+           'as_markdown', 'markdown_rows', 'example_images', 'save_figure', 'save_pictures', 'save_neighbours',
+           'describe_attention', 'write_report']
 
 # %% ../../nbs/runs/01_report.ipynb #0ed92318
 import base64, html, platform, shutil, fgsynth
@@ -118,7 +118,7 @@ def _as_text(column, value):
 def _cells(rows):
     "The head and the rows of a table as text"
     filled = [k for k in columns if any(r.get(k) is not None for r in rows)]
-    return [{k:columns[k] for k in filled}, *[{k:_as_text(k, r.get(k)) for k in filled} for r in rows]]
+    return [[columns[k] for k in filled], *[[_as_text(k, r.get(k)) for k in filled] for r in rows]]
 
 # %% ../../nbs/runs/01_report.ipynb #387e5112
 def text_table(
@@ -126,17 +126,23 @@ def text_table(
 )->str:
     "The measurements as text in columns: linear probe at 100, 50 and 20 % of the labels, retrieval, seconds"
     cells = _cells(rows)
-    widths = {k:max(len(r[k]) for r in cells) for k in cells[0]}
-    def line(row): return '  '.join(c.ljust(widths[k]) if k in _words else c.rjust(widths[k]) for k,c in row.items())
+    columns_of = [(max(map(len, o)), o[0] in _words) for o in zip(*cells)] # width, to the left?
+    def line(row): return '  '.join(c.ljust(w) if left else c.rjust(w) for c,(w,left) in zip(row, columns_of))
     return '\n'.join(line(row).rstrip() for row in cells)
 
 # %% ../../nbs/runs/01_report.ipynb #25610b5f
+def as_markdown(
+    cells:list, # The head and the rows, lists of text
+)->str:
+    "A table in Markdown"
+    head,*body = cells
+    return '\n'.join('| '+' | '.join(o)+' |' for o in [head, ['---']*len(head), *body])
+
 def markdown_rows(
     rows:list, # One dict per encoder
 )->str:
-    "The same as a table in Markdown"
-    head,*body = [list(r.values()) for r in _cells(rows)]
-    return '\n'.join('| '+' | '.join(o)+' |' for o in [head, ['---']*len(head), *body])
+    "The measurements of `text_table` in Markdown"
+    return as_markdown(_cells(rows))
 
 # %% ../../nbs/runs/01_report.ipynb #4e5a37b7
 def example_images(
@@ -247,7 +253,7 @@ def _figure(png, caption):
 
 # %% ../../nbs/runs/01_report.ipynb #3c5fbdb3
 def _measurements(rows, notes):
-    head,*body = [list(r.values()) for r in _cells(rows)]
+    head,*body = _cells(rows)
     about = ('<h2>Measurements</h2><p>Percent: top-1 of a linear probe with 100, 50 and 20 % of the labels; '
              'retrieval among the test images.</p>')
     return about + _html_table(head, body) + ''.join(f'<p>{_escape(n)}</p>' for n in notes)
