@@ -2,7 +2,11 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+# Two stamps: what running needs is installed; the developers' tools are, too
+RUNS   := $(VENV)/.runs
 READY  := $(VENV)/.installed
+# Python compiles a module when it imports it for the first time; most of what is installed here never is
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test coverage mutants bench export clean readme docs preview hooks distclean
@@ -10,20 +14,27 @@ READY  := $(VENV)/.installed
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-install: $(READY)  ## create the environment in .venv (the other targets do so when they need it)
-
-# Installed again whenever what it is made from changes
-$(READY): settings.ini setup.py constraints.txt
+$(BIN)/python:
 	@command -v "$(PYTHON)" >/dev/null || { echo 'There is no "$(PYTHON)" here: install Python 3.10 or newer, or name yours with "make PYTHON=/path/to/python3".' >&2; exit 1; }
 	@"$(PYTHON)" -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3,10) else "fgsynth needs Python 3.10 or newer, but $(PYTHON) is %d.%d: name a newer one with \"make PYTHON=/path/to/python3\"." % v[:2])'
-	@test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
-	@echo "Installing fgsynth and its developers' tools into $(VENV) (a few minutes the first time) ..."
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'pip>=22.3'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	@touch $(READY)
+	@"$(PYTHON)" -m venv $(VENV)
+	@$(PIP) 'pip>=22.3'
 
-demo: $(READY)  ## the main job on drawn finches: a table, and pictures and report.html in runs/demo
-	$(BIN)/fgsynth_demo --out runs/demo --overwrite
+# Installed again whenever what it is made from changes
+$(RUNS): settings.ini setup.py constraints.txt | $(BIN)/python
+	@echo "Fetching what running needs into $(VENV): SIZE"
+	@$(PIP) -c constraints.txt -e '.[lite]'
+	@touch $@
+
+install: $(READY)  ## create the environment in .venv (the other targets do so when they need it)
+
+$(READY): $(RUNS)
+	@echo "Fetching the developers' tools into $(VENV): SIZE2"
+	@$(PIP) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(RUNS)  ## the main job on drawn finches: a table, and pictures and report.html in runs/demo
+	@$(BIN)/fgsynth_demo --out runs/demo --overwrite
 
 # pytest and nbdev_test run at the same time, each in as many processes as there are cores, four at most; each process
 # keeps to one core
@@ -39,11 +50,11 @@ coverage: $(READY)  ## how many lines of the modules tests/ runs
 	@$(QUIETLY) $(BIN)/python -m pytest tests -n $(WORKERS) --dist worksteal -q --cov --cov-report=term:skip-covered
 
 mutants: $(READY)  ## change the modules one operator at a time: which changes does no test notice? (hours)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'cosmic-ray>=8.4'
+	$(PIP) 'cosmic-ray>=8.4'
 	@$(BIN)/python tools/mutants.py
 
 bench: $(READY)  ## time everything, here and in other libraries (three quarters of an hour on two cores); keeps results/bench/*.json
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r benchmarks/requirements.txt
+	$(PIP) -c constraints.txt -r benchmarks/requirements.txt
 	@for f in startup.py step.py "step.py --arch lite0 --bs 64 --out step_lite0" keep.py files.py evaluation.py growth.py; do $(BIN)/python -W ignore benchmarks/$$f || exit 1; done
 
 export: $(READY)  ## write the modules from the notebooks, and what the commands accept

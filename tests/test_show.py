@@ -50,7 +50,7 @@ def test_neighbours_are_the_most_similar_images(learn, items):
 
 def test_retrieval_has_a_picture_for_each_image(learn, items):
     x,found,_,_ = find_neighbours(learn.model.encoder, items, 48, n=4, k=3)
-    check_eq(len(show_retrieval(x, found).axes), 16)
+    check_eq(len(show_retrieval(x, found).axes[0].images), 16)
 
 def test_without_labels_nobody_knows_what_is_right(learn, items):
     bare = copy(items); bare.test_labels = None

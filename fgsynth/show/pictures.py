@@ -16,10 +16,18 @@ from ..evaluate.features import features
 from ..evaluate.retrieval import nearest
 
 # %% ../../nbs/show/00_pictures.ipynb #f8843e25
-def _show_image(ax, im):
-    "An image (3, S, S) or a map (S, S)"
+def _canvas(rows, cols, height, inches):
+    "Axes for pictures of width 1 in columns one apart, and in rows `height` apart"
+    fig,ax = plt.subplots(figsize=inches)
+    ax.set(xlim=(-.5,cols-.5), ylim=((rows-.5)*height,-.5*height), xticks=[], yticks=[], frame_on=False)
+    ax.xaxis.tick_top()
+    ax.tick_params(length=0, pad=2)
+    return fig,ax
+
+def _place(ax, im, x, y, half=.48):
+    "An image (3, S, S) or a map (S, S) around a point; its corners"
     rgb = im.permute(1,2,0).clamp(0,1).float().cpu() if im.ndim==3 else im
-    ax.imshow(rgb, interpolation='nearest')
+    return ax.imshow(rgb, interpolation='nearest', extent=(x-half, x+half, y+half, y-half)).get_extent()
 
 # %% ../../nbs/show/00_pictures.ipynb #9a0383a1
 def image_grid(
@@ -29,14 +37,12 @@ def image_grid(
     scale=1.1, # Inches of an image
 )->plt.Figure:
     "Rows of images, one below the other"
-    n = max(len(r) for r in rows)
-    figsize = scale*n+.5, scale*len(rows)+(.25 if titles else 0)
-    fig,axs = plt.subplots(len(rows), n, figsize=figsize, squeeze=False)
-    for ax in axs.flat: ax.set(xticks=[], yticks=[], frame_on=False)
-    for row,label,ax in zip(rows, labels, axs):
-        for im,a in zip(row, ax): _show_image(a, im)
-        ax[0].set_ylabel(label, fontsize=8)
-    for a,t in zip(axs[0], titles or ()): a.set_title(t, fontsize=7)
+    n,titles = max(len(r) for r in rows),titles or ()
+    fig,ax = _canvas(len(rows), n, 1, (scale*n+.25, scale*len(rows)+.25*bool(titles)))
+    for y,row in enumerate(rows):
+        for x,im in enumerate(row): _place(ax, im, x, y)
+    ax.set_yticks(range(len(labels)), labels, rotation=90, va='center', fontsize=8)
+    ax.set_xticks(range(len(titles)), titles, fontsize=7)
     fig.tight_layout(pad=.25)
     return fig
 
@@ -158,12 +164,13 @@ def show_noise(self:Learner,
     _draw(show_noise, Synthesizer.from_learner(self)(images_to_show(self, x, 8), **kw))
 
 # %% ../../nbs/show/00_pictures.ipynb #5666cc3b
-def _frame(ax, title, right=None):
-    "Frame and title of an image: right (True), wrong (False), or nobody knows (None)"
-    mark = {None:'', True:'✓ ', False:'✗ '}[right]
-    ax.set(xticks=[], yticks=[])
-    ax.spines[:].set(color={None:'k', True:'#0072B2', False:'#E69F00'}[right], linewidth=.8 if right is None else 2.5)
-    ax.set_title(mark+title, fontsize=7, pad=3)
+def _frame(ax, im, x, y, title, right=None):
+    "An image, framed and titled: right (True), wrong (False), or nobody knows (None)"
+    left,_,bottom,_ = _place(ax, im, x, y, .46)
+    mark,colour = {None:('','k'), True:('✓ ','#0072B2'), False:('✗ ','#E69F00')}[right]
+    width = .8 if right is None else 2.5
+    ax.add_patch(plt.Rectangle((left,bottom), .92, -.92, fill=False, color=colour, linewidth=width))
+    ax.text(x, y-.5, mark+title, fontsize=7, ha='center', va='bottom')
 
 # %% ../../nbs/show/00_pictures.ipynb #88b08a8c
 def show_retrieval(
@@ -174,12 +181,13 @@ def show_retrieval(
 )->plt.Figure:
     "Queries and their nearest neighbours"
     n,k = found.shape[:2]
-    fig,axs = plt.subplots(n, k+1, figsize=(1.05*(k+1), 1.2*n), squeeze=False)
-    for i,(query,*others) in enumerate(axs):
-        _show_image(query, x[i]); _frame(query, 'query')
-        for j,ax in enumerate(others):
-            _show_image(ax, found[i,j])
-            _frame(ax, '' if cos is None else f'{cos[i,j]:.2f}', None if right is None else bool(right[i,j]))
+    fig,ax = _canvas(n, k+1, 1.18, (1.05*(k+1), 1.2*n+.1))
+    for i in range(n):
+        y = 1.18*i + .08 # the title stands above
+        _frame(ax, x[i], 0, y, 'query')
+        for j in range(k):
+            _frame(ax, found[i,j], j+1, y, '' if cos is None else f'{cos[i,j]:.2f}',
+                   None if right is None else bool(right[i,j]))
     fig.tight_layout(pad=.3)
     return fig
 
