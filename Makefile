@@ -7,8 +7,11 @@ RUNS   := $(VENV)/.runs
 READY  := $(VENV)/.installed
 # Python compiles a module when it imports it for the first time; most of what is installed here never is
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
+# What is fetched, not what is unpacked: on Linux PyTorch brings NVIDIA's libraries along
+SIZE   := $(shell [ "$$(uname -sm)" = 'Linux x86_64' ] && echo 'about 3.3 GB, of which PyTorch and libraries for NVIDIA GPUs are 3 GB' || echo 'about 0.4 GB')
 
 .DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
 .PHONY: help install demo test coverage mutants bench export clean readme docs preview hooks distclean
 
 help:  ## list the targets
@@ -22,14 +25,14 @@ $(BIN)/python:
 
 # Installed again whenever what it is made from changes
 $(RUNS): settings.ini setup.py constraints.txt | $(BIN)/python
-	@echo "Fetching what running needs into $(VENV): SIZE"
+	@echo "Fetching what running needs into $(VENV): $(SIZE); this takes some minutes ..."
 	@$(PIP) -c constraints.txt -e '.[lite]'
 	@touch $@
 
 install: $(READY)  ## create the environment in .venv (the other targets do so when they need it)
 
 $(READY): $(RUNS)
-	@echo "Fetching the developers' tools into $(VENV): SIZE2"
+	@echo "Fetching the developers' tools into $(VENV): about 0.2 GB more ..."
 	@$(PIP) -c constraints.txt -e '.[dev]'
 	@touch $@
 
