@@ -1,11 +1,29 @@
-"""Train for one epoch on drawn finches with whatever versions are installed, and without nbdev: what a user's
-`pip install` gives. Run it with `python tests/smoke_runtime.py`; it is no pytest file because it also runs where
+"""Train for one epoch on drawn finches with whatever versions are installed, and without nbdev, in Python and by the
+commands: what a user's `pip install` gives. Run it with `python tests/smoke_runtime.py`; it is no pytest file because it also runs where
 pytest is absent."""
-import sys, tempfile
+import subprocess, sys, tempfile
+from importlib import import_module
+from pkgutil import walk_packages
 from pathlib import Path
-import torch, fastai, fastcore
+import torch, fastai, fastcore, fgsynth
 from fastai.vision.all import *
 from fgsynth.all import *
+
+def command(name, *args):
+    "What a command says"
+    r = subprocess.run([str(o) for o in (Path(sys.executable).parent/name, *args)], capture_output=True, text=True)
+    assert not r.returncode, r.stdout + r.stderr
+    return r.stdout
+
+def all_commands(d):
+    "The demo in small, what follows a run, and help for the rest"
+    run = d/'demo'
+    said = command('fgsynth_demo', '--small', '--n_train', 64, '--n_test', 64, '--epochs', 1, '--pretrain_epochs', 1,
+                   '--size', 64, '--out', run)
+    assert 'Wrote' in said, said
+    command('fgsynth_train', '--data', 'finches', '--preset', 'smoke', '--epochs', 1, '--bs', 32, '--out', d/'run')
+    assert 'top1_100' in command('fgsynth_eval', d/'run')
+    for name in 'table','data','search','label','export','explore': assert 'usage' in command(f'fgsynth_{name}', '--help')
 
 def main():
     print(f'python {sys.version.split()[0]}, torch {torch.__version__},',
@@ -23,6 +41,8 @@ def main():
     with tempfile.TemporaryDirectory() as d:
         save_encoder(learn, Path(d)/'enc.safetensors')
         enc = load_encoder(Path(d)/'enc.safetensors')
+        all_commands(Path(d))
+    for module in walk_packages(fgsynth.__path__, 'fgsynth.'): import_module(module.name)
     assert isinstance(enc, nn.Module)
     assert 'nbdev' not in sys.modules, 'the library imports nbdev'
     print('ok')

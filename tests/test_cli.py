@@ -161,11 +161,11 @@ def test_exit_code_and_no_traceback(forked, tmp_path):
 
 def test_a_warning_is_a_sentence(tmp_path, forked):
     "Without the file and line that Python puts in front; what libraries say about each other is left out"
-    (tmp_path/'odd.py').write_text("import warnings\nfrom fgsynth.cli import run_command\n"
+    (tmp_path/'odd.py').write_text("import argparse, warnings\nfrom fgsynth.cli import run_command\n"
         "warnings.simplefilter('ignore')\nfor o in UserWarning,RuntimeWarning: warnings.simplefilter('default', o)\n"
         "def f():\n    'Warns'\n"
         "    warnings.warn('One image is odd.')\n    warnings.warn('old', FutureWarning)\n"
-        "    warnings.warn('strange', RuntimeWarning)\nrun_command(f, 'fgsynth_data')")
+        "    warnings.warn('strange', RuntimeWarning)\nrun_command(f, 'fgsynth_data', argparse.ArgumentParser())")
     r = forked(tmp_path/'odd.py'); said = r.stderr.splitlines()
     assert r.returncode==0, r.stderr
     assert said[0]=='fgsynth_data: One image is odd.' and said[1].endswith('RuntimeWarning: strange'), said

@@ -18,7 +18,17 @@ def test_the_light_parser_accepts_what_the_functions_own_does(name):
     def options(parser):
         return {o.dest:(o.option_strings, o.default, o.nargs, getattr(o.type, '__name__', None) or 'str')
                 for o in parser._actions if o.dest not in ('help','pdb','xtra')}
-    assert options(ours)==options(theirs)
+    want = options(theirs)
+    if name in tool.optional: # given without its name, or not at all
+        given,default,_,kind = want[tool.optional[name]]
+        want[tool.optional[name]] = [],default,'?',kind
+    assert options(ours)==want
+
+def test_no_parser_of_fastcores_when_a_command_runs():
+    "fastcore 2 spells options with hyphens, fastcore 1 as the functions do; ours are written down"
+    for file in (root/'fgsynth').rglob('*.py'):
+        for line in file.read_text(encoding='utf-8').splitlines():
+            assert 'fastcore.script' not in line or line=='from fastcore.script import store_true', file
 
 def test_commands_within_a_command():
     parse = parser_of('fgsynth_data', known_commands()['commands']['fgsynth_data']).parse_args

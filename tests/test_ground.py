@@ -1,6 +1,7 @@
 "What every module stands on: the user's error, files of tensors, complete files, locks, commands"
 import os, sys, warnings
 import pytest, torch
+from fastcore.script import anno_parser
 from safetensors import safe_open
 from fgsynth.cli import parse_given, run_command
 from fgsynth.core import InputError, check_name
@@ -115,13 +116,13 @@ def command(monkeypatch):
         monkeypatch.setattr(sys, 'argv', ['draw', *args])
         with warnings.catch_warnings():
             warnings.simplefilter('always')
-            run_command(draw, 'draw')
+            run_command(draw, 'draw', anno_parser(draw, 'draw'))
     return _f
 
 def test_only_what_was_given_is_passed_even_where_it_is_the_default(monkeypatch):
     for args,want in ((['Pinta'], dict(bird='Pinta')), (['Pinta','--size','64'], dict(bird='Pinta', size=64))):
         monkeypatch.setattr(sys, 'argv', ['draw', *args])
-        assert parse_given(draw, 'draw')==want
+        assert parse_given(anno_parser(draw, 'draw'))==want
 
 def test_a_command_calls_its_function(command, capsys):
     with pytest.warns(UserWarning, match='One image is odd'), pytest.warns(RuntimeWarning):
@@ -145,4 +146,4 @@ def test_warnings_of_a_command_are_sentences(command, monkeypatch):
 def test_other_errors_are_not_hidden(monkeypatch):
     def broken(): "Fails"; raise KeyError('a bug')
     monkeypatch.setattr(sys, 'argv', ['broken'])
-    with pytest.raises(KeyError): run_command(broken, 'broken')
+    with pytest.raises(KeyError): run_command(broken, 'broken', anno_parser(broken, 'broken'))

@@ -1,5 +1,6 @@
 "Progress where somebody looks on, one line an epoch in a log, and Ctrl-C"
 import io, os, signal, subprocess, sys
+from argparse import ArgumentParser
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 import pytest, torch
@@ -109,7 +110,7 @@ def test_the_command_logs_without_carriage_returns(photos, tmp_path, monkeypatch
 def interrupted(f, monkeypatch, capsys, prog='fgsynth_x'):
     "What a command says when `f`, which it calls, is interrupted"
     monkeypatch.setattr(sys, 'argv', [prog])
-    with pytest.raises(SystemExit) as e: run_command(f, prog)
+    with pytest.raises(SystemExit) as e: run_command(f, prog, ArgumentParser())
     out,err = capsys.readouterr()
     assert e.value.code==130 and err.count('\n')==1 and err.startswith(f'{prog}: interrupted')
     return err.strip()

@@ -17,12 +17,17 @@ from fgsynth.show.app import explore_in_browser
 functions = dict(fgsynth_train=train, fgsynth_eval=evaluate_run, fgsynth_demo=demo, fgsynth_table=table,
                  fgsynth_search=search_run, fgsynth_label=label_run, fgsynth_export=export_run,
                  fgsynth_explore=explore_in_browser)
+optional = dict(fgsynth_explore='run') # what is given without its name, or not at all
 file = Path(__file__).resolve().parent.parent/'fgsynth'/'commands.json'
 
 def described():
     "All commands, as text"
     parsers = {k:anno_parser(f, prog=k) for k,f in functions.items()} | dict(fgsynth_data=data_parser())
-    res = dict(commands={k:describe_parser(p) for k,p in parsers.items()}, data_sets=list(data_sets))
+    commands = {k:describe_parser(p) for k,p in parsers.items()}
+    for k,name in optional.items():
+        option = next(o for o in commands[k]['options'] if o['dest']==name)
+        option |= dict(flags=[], nargs='?')
+    res = dict(commands=commands, data_sets=list(data_sets))
     return json.dumps(res, indent=1, ensure_ascii=False) + '\n'
 
 if __name__=='__main__': file.write_text(described(), encoding='utf-8')

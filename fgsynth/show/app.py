@@ -9,7 +9,7 @@ __all__ = ['app_notebook', 'explore_in_browser', 'fgsynth_explore']
 import json, tempfile
 from importlib.util import find_spec
 from pathlib import Path
-from fastcore.script import Param, store_true
+from fastcore.script import store_true
 from ..core import InputError
 from ..commands import find_run
 from ..cli import run_command
@@ -27,7 +27,7 @@ def app_notebook(
 
 # %% ../../nbs/show/03_app.ipynb #5b9fa905
 def explore_in_browser(
-    run:Param('Folder of a run; without it, the small networks that come with fgsynth', str, opt=False, nargs='?')=None,
+    run:str=None, # Folder of a run; without it, the small networks that come with fgsynth
     port:int=8866, # Port of this machine that the page is served on
     no_browser:store_true=False, # Only say the address
 ):
