@@ -8,7 +8,7 @@ __all__ = ['describe_parser', 'make_parser', 'find_data', 'find_run', 'find_plac
            'fgsynth_search', 'fgsynth_label', 'fgsynth_export', 'fgsynth_explore']
 
 # %% ../nbs/03_commands.ipynb #c7f14e4d
-import argparse, json, os, sys
+import argparse, json, os, sys, warnings
 from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib import import_module
@@ -141,10 +141,12 @@ def _look(prog, a, data_sets):
 # %% ../nbs/03_commands.ipynb #a0f2cec9
 @contextmanager
 def _starting(prog):
-    "On a terminal, say that something is happening"
+    "On a terminal, say that something is happening; what libraries warn each other of is nobody's business"
     shown = sys.stderr and sys.stderr.isatty()
     if shown: print(f'{prog} is starting ...', end='', file=sys.stderr, flush=True)
-    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', FutureWarning)
+        yield
     if shown: print('\r\033[K', end='', file=sys.stderr, flush=True)
 
 # %% ../nbs/03_commands.ipynb #952ad248

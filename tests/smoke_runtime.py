@@ -1,6 +1,6 @@
 """Train for one epoch on drawn finches with whatever versions are installed, and without nbdev, in Python and by the
-commands: what a user's `pip install` gives. Run it with `python tests/smoke_runtime.py`; it is no pytest file because it also runs where
-pytest is absent."""
+commands: what `pip install` gives a user. Run it with `python tests/smoke_runtime.py`; it is no pytest file because it
+also runs where pytest is absent."""
 import subprocess, sys, tempfile
 from importlib import import_module
 from pkgutil import walk_packages
@@ -22,8 +22,9 @@ def all_commands(d):
                    '--size', 64, '--out', run)
     assert 'Wrote' in said, said
     command('fgsynth_train', '--data', 'finches', '--preset', 'smoke', '--epochs', 1, '--bs', 32, '--out', d/'run')
-    assert 'top1_100' in command('fgsynth_eval', d/'run')
-    for name in 'table','data','search','label','export','explore': assert 'usage' in command(f'fgsynth_{name}', '--help')
+    assert 'mAP' in command('fgsynth_eval', d/'run')
+    for name in 'table','data','search','label','export','explore':
+        assert 'usage' in command(f'fgsynth_{name}', '--help')
 
 def main():
     print(f'python {sys.version.split()[0]}, torch {torch.__version__},',

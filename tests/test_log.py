@@ -184,3 +184,10 @@ def test_ctrl_c_in_a_shell(photos, tmp_path):
             _,err = p.communicate(timeout=120)
         finally: p.kill()
     assert p.returncode==130 and 'Traceback' not in err and '--resume' in err.splitlines()[-1], err
+
+def test_a_decoder_without_validation_images_trains_without_a_warning(recwarn, capsys):
+    items = get_dataset('finches', n_train=16, n_test=8, size=32)
+    learn = ssl_learner(ssl_dls(items, size=32, bs=8), 'timm/test_byobnet', cbs=synth_pairs(decoder_width=8))
+    learn.pretrain_decoder(1)
+    assert not len(learn.dls.valid) and not [w for w in recwarn if w.category is UserWarning]
+    assert capsys.readouterr().out.count('epoch 0')==1

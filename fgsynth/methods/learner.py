@@ -123,6 +123,7 @@ class EpochProgress(ProgressCallback):
         if self.logger!=noop: self.learn.logger = self.write_line
 
     def _launch_pbar(self):
+        if not len(self.dl): return # nothing to validate on: the bar of the training stays
         if is_interactive(): super()._launch_pbar()
         else:
             self.pbar = ProgressBar(self.dl)
