@@ -106,6 +106,8 @@ def load_weights(
                      f"{holds}hoose the architecture that they were made with.")
 
 # %% ../../nbs/nets/01_encoders.ipynb #385a179b
+def _fast(enc): return fast_depthwise(enc).to(memory_format=torch.channels_last)
+
 def create_encoder(
     arch='resnet18', # Name known to torchvision or timm, 'lite0', or an `nn.Module` of your own, which stays as it is
     pretrained=False, # True: the library's best ImageNet weights; or the name of torchvision weights
@@ -117,7 +119,7 @@ def create_encoder(
     elif isinstance(arch, nn.Module): enc = Encoder(*cut_head(arch, size), size=size)
     else: enc = network_by_name(arch, pretrained and not weights, size)
     if size: try_encoder(enc, size)
-    fast_depthwise(enc)
+    enc = _fast(enc)
     return load_weights(enc, weights) if weights else enc
 
 # %% ../../nbs/nets/01_encoders.ipynb #08a446bb
@@ -190,7 +192,7 @@ def load_encoder(
                          "for other weights use create_encoder(arch, weights=PATH).") from None
     if body is None and not info['arch']:
         raise InputError(f"{str(path)!r} was made from a network without a name: pass that network as body=.")
-    if body is None: enc = fast_depthwise(network_by_name(info['arch'], size=info['size']))
+    if body is None: enc = _fast(network_by_name(info['arch'], size=info['size']))
     else: enc = Encoder(body, info['num_features'], size=info['size'])
     try: load_weights(enc, path)
     except InputError:
