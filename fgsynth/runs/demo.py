@@ -179,7 +179,7 @@ def announce(
 def demo(
     out:str='runs/demo', # Folder for everything about the demo
     small:store_true=False, # Start from the small network that comes with fgsynth, not from ImageNet weights
-    n_train:int=1500, # Unlabelled images
+    n_train:int=1200, # Unlabelled images
     n_test:int=1000, # Test images
     size:int=64, # Image size in pixels
     epochs:int=3, # Passes over the images in each training
