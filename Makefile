@@ -8,7 +8,7 @@ READY  := $(VENV)/.installed
 # Python compiles a module when it imports it for the first time; most of what is installed here never is
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 # What is fetched, not what is unpacked: on Linux PyTorch brings NVIDIA's libraries along
-SIZE   := $(shell [ "$$(uname -sm)" = 'Linux x86_64' ] && echo 'about 3.3 GB, of which PyTorch and libraries for NVIDIA GPUs are 3 GB' || echo 'about 0.4 GB')
+SIZE    = $(shell [ "$$(uname -sm)" = 'Linux x86_64' ] && echo 'about 3.3 GB, of which PyTorch and libraries for NVIDIA GPUs are 3 GB' || echo 'about 0.4 GB')
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

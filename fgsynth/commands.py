@@ -11,6 +11,7 @@ __all__ = ['describe_parser', 'make_parser', 'find_data', 'find_run', 'find_plac
 import argparse, json, os, sys, warnings
 from contextlib import contextmanager
 from difflib import get_close_matches
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from .core import InputError, check_name
@@ -123,6 +124,7 @@ def find_place_for_run(
     return out
 
 # %% ../nbs/03_commands.ipynb #cecff21c
+@cache
 def known_commands()->dict: # `commands`, from name to description, and `data_sets`
     "What `commands.json` says"
     return json.loads(Path(__file__).with_name('commands.json').read_text(encoding='utf-8'))

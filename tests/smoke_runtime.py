@@ -17,9 +17,8 @@ def command(name, *args):
 
 def all_commands(d):
     "The demo in small, what follows a run, and help for the rest"
-    run = d/'demo'
     said = command('fgsynth_demo', '--small', '--n_train', 64, '--n_test', 64, '--epochs', 1, '--pretrain_epochs', 1,
-                   '--size', 64, '--out', run)
+                   '--size', 64, '--out', d/'demo')
     assert 'Wrote' in said, said
     command('fgsynth_train', '--data', 'finches', '--preset', 'smoke', '--epochs', 1, '--bs', 32, '--out', d/'run')
     assert 'mAP' in command('fgsynth_eval', d/'run')

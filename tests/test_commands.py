@@ -20,7 +20,7 @@ def test_the_light_parser_accepts_what_the_functions_own_does(name):
                 for o in parser._actions if o.dest not in ('help','pdb','xtra')}
     want = options(theirs)
     if name in tool.optional: # given without its name, or not at all
-        given,default,_,kind = want[tool.optional[name]]
+        _,default,_,kind = want[tool.optional[name]]
         want[tool.optional[name]] = [],default,'?',kind
     assert options(ours)==want
 

@@ -59,6 +59,11 @@ def test_where_nothing_is_said_the_papers_values_are_taken(dls):
     w = l.model.encoder.body.stem.conv.weight
     assert (w.is_contiguous(memory_format=torch.channels_last), w.is_contiguous())==(True, False)
 
+def test_channels_lie_outermost_where_that_is_asked_for(dls):
+    "Of a network by name, too, whose encoder comes with its channels innermost"
+    l = ssl_learner(dls, 'timm/test_byobnet', channels_last=False)
+    assert all(o.is_contiguous() for o in l.model.parameters())
+
 def test_batch_norm_is_frozen_from_weights_of_ones_own(dls, tmp_path):
     torch.save(create_encoder('timm/test_byobnet').body.state_dict(), tmp_path/'local.pth')
     made = [ssl_learner(dls, 'timm/test_byobnet', weights=tmp_path/'local.pth', frozen_bn=o) for o in (None,False)]

@@ -175,7 +175,7 @@ def ssl_learner(
     model.by_stage = by_stage
     if frozen_stages: freeze_stages(model.encoder, frozen_stages)
     model.fixed = _never_train(model.encoder, made_here=encoder is not arch)
-    if channels_last: model.to(memory_format=torch.channels_last)
+    model.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     precision = _choose_precision(precision, model.encoder, dls)
     cbs = L(method) + L(cbs)
     if precision=='bf16': cbs = cbs + [Bfloat16()]

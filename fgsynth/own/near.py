@@ -35,7 +35,7 @@ def _block_features(encoder, images, block=1024):
     for i in range(0, len(images), block):
         x,good = load_quietly(images[i:i+block], encoder.info['image_size']) # a check names what cannot be read
         if not len(good): continue
-        zs.append(features(encoder, x, bs=64))
+        zs.append(features(encoder, x))
         at.append(good+i)
     return torch.cat(zs[1:] or zs),torch.cat(at)
 
@@ -45,7 +45,7 @@ def _cosine_of_copies(encoder, images, at, mean, n=64):
     some = at[torch.linspace(0, len(at)-1, min(n, len(at))).long()].tolist()
     some = images[some] if isinstance(images, torch.Tensor) else [images[i] for i in some]
     x,_ = load_images(some, encoder.info['image_size'], progress=False)
-    z,copy = [features(encoder, o, bs=64)-mean for o in (x, slightly_altered(x))]
+    z,copy = [features(encoder, o)-mean for o in (x, slightly_altered(x))]
     return F.cosine_similarity(z, copy).quantile(.25).item()
 
 # %% ../../nbs/own/04_near.ipynb #6871818b
