@@ -10,6 +10,20 @@ def test_readme_and_contributing_agree():
     for name,nb in readme.pages.items(): assert (root/name).exists() and (nbs_dir/nb).exists(), name
     assert not list(readme.differences()), 'run `make readme`'
 
+def test_ten_lines_of_the_first_page(monkeypatch, tmp_path, capsys):
+    "They do what they say, here on a tenth of the images and for an epoch (the quickstart does the whole)"
+    monkeypatch.setattr('tempfile.mkdtemp', lambda: str(tmp_path))
+    code = [source(c) for c in cells(nbs_dir/'index.ipynb') if c['cell_type']=='code']
+    first = next(i for i,o in enumerate(code) if 'ssl_learner(' in o)
+    lines = '\n'.join(code[first-1:first+3])
+    for long,short in ('n_train=600', 'n_train=64'), ('n_test=500', 'n_test=48'), \
+                      ('pretrain_decoder(4)', 'pretrain_decoder(1)'), ('one_cycle(4', 'one_cycle(1'):
+        assert lines.count(long)==1, long
+        lines = lines.replace(long, short)
+    exec(lines, {})
+    assert re.search(r'[\d.]+ before, [\d.]+ after; mAP [\d.]+$', capsys.readouterr().out.strip())
+    assert (tmp_path/'enc.safetensors').exists()
+
 def test_readme_links():
     "Every relative link and picture of README.md and CONTRIBUTING.md exists"
     for name in ('README.md','CONTRIBUTING.md'):
