@@ -13,6 +13,7 @@ from scipy import stats
 from torch import nn
 from ..data.crops import KEEP
 from ..data.items import label_fraction
+from ..nets.codes import Coder
 from ..nets.networks import eval_mode
 from .features import features, labelled_split
 from .probe import fit_probe, fresh_crops, in_top_k
@@ -42,15 +43,16 @@ def mean_scores(
 @torch.no_grad()
 def decoded_features(
     encoder:nn.Module, # Maps images (B, 3, S, S) in [0, 1] to (B, d)
-    decoder:nn.Module, # Maps features (b, d) to images (b, 3, S, S)
-    z, # (N, d) features
+    decoder:nn.Module, # Maps features (b, d), or maps of its `layer`, to images (b, 3, S, S)
+    z, # Features (N, d); of a decoder with a `layer` the images (N, 3, S, S), uint8 or in [0, 1]
     bs:int=256, # Images at a time
     device=None, # Where the encoder runs; None: where it is
 ): # (N, d) float32 on the CPU
-    "The features of the images that a decoder makes of features"
-    dev = next(decoder.parameters()).device
+    "The features of the images that a decoder makes"
+    dev,layer = next(decoder.parameters()).device,getattr(decoder, 'layer', None)
+    def code(o): return features(Coder(encoder, layer), o, device=device) if layer else o
     with eval_mode(decoder):
-        return torch.cat([features(encoder, decoder(o.to(dev)), device=device) for o in z.split(bs)])
+        return torch.cat([features(encoder, decoder(code(o).to(dev)), device=device) for o in z.split(bs)])
 
 # %% ../../nbs/evaluate/03_measures.ipynb #b2d0548a
 def _probe_on(encoder, x, rows, z, y, n_classes, seed, flip, bs, augment, **kw):
@@ -69,7 +71,7 @@ def evaluate(
     bs:int=256, # Images at a time
     device=None, # Where the encoder runs; None: where it is
     progress=None, # Called with one line of text after each stage, for example `print`
-    decoder:nn.Module=None, # Features (b, d) to images (b, 3, S, S): asks what is still there after decoding
+    decoder:nn.Module=None, # Codes to images (b, 3, S, S): asks what is still there after decoding
     distributed:bool=False, # Images and queries shared out over the processes, all of which call this?
     augment:bool=False, # Probe through new random crops in every epoch (full protocol)?
     flip:float=0.5, # Probability of mirroring these crops; 0 for images such as traffic signs
@@ -89,7 +91,8 @@ def evaluate(
         probe = _probe_on(encoder, x, rows, z, y, n_classes, seed, flip, bs, augment, **kw)
         right = res[f'top1_{100*pct:g}'] = _right(probe, z_test, y_test)
         if decoder is not None and pct==max(pcts):
-            res['decoded_top1'] = _right(probe, decoded_features(encoder, decoder, z_test, bs, device), y_test)
+            seen = x_test if getattr(decoder, 'layer', None) else z_test
+            res['decoded_top1'] = _right(probe, decoded_features(encoder, decoder, seen, bs, device), y_test)
         say(f'linear probe, {100*pct:g} % of the labels: {right.mean():.1f}')
     res |= search_scores(z, y, z_test, y_test, distributed)
     means = mean_scores(res)

@@ -91,6 +91,9 @@ def match_distance(
 # %% ../../nbs/evaluate/05_shake.ipynb #4fdc06c0
 def _train_on_frozen(learn, pretrain_epochs, head_epochs, head_lr):
     "Train the decoder and then the heads; the encoder stays as it is"
+    if getattr(learn.model.decoder, 'layer', None):
+        raise InputError("The shake test shakes features and reads the class from them: "
+                         "make the learner without decoder_layer.")
     with learn.no_bar(), learn.no_logging(), torch.enable_grad():
         pretrain_where_needed(learn, pretrain_epochs)
         learn.model.encoder.requires_grad_(False)

@@ -78,7 +78,7 @@ _first = 'experiment data encoder size method synth seed epochs'.split()
 _method = 'K mask_same_image temperature opt wd teacher'.split()
 _train = 'keep bs lr schedule head_mult frozen_stages layer_decay momentum pretrained frozen_bn'.split() + _method
 _pair = 'lam max_pairs anchor features'.split()
-_decoder = 'pretrain_epochs update decoder_lr decoder_width decoder_grid decoder_draw beta'.split()
+_decoder = 'pretrain_epochs update decoder_lr decoder_width decoder_grid decoder_draw decoder_layer beta'.split()
 _noise = 'sigma_cam sigma_var tau target norm absolute distance augment residual'.split()
 _curves = 'knn feat_std rec_loss pair_diff decoded_top1'.split()
 _about = 'preset commit machine torch'.split()
@@ -128,7 +128,7 @@ def code_commit()->str: # '' where the code is not under git
 # %% ../../nbs/runs/07_table.ipynb #4bcede36
 _kept_decoders = {} # one at most
 _same_decoder = ('data encoder size seed bs pretrained split pretrain_epochs '
-                 'decoder_width decoder_grid decoder_draw').split()
+                 'decoder_width decoder_grid decoder_draw decoder_layer').split()
 
 def _pretrain_or_share(learn, s, split):
     "Seconds that the decoder's pre-training takes, or took when another run needed the same"

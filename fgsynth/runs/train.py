@@ -258,7 +258,7 @@ def _decoder_cost(learn, s, steps, passes):
     clock,n = _Steps(steps),len(learn.dls.train)
     if not pretrain_where_needed(learn, passes if s.pretrain_epochs>0 else 0, cbs=clock): return [0.]
     encode,net = _encoding_seconds(learn),get_model(learn.model)
-    once = AutoEncoder(net, len(learn.dls.items.train)).keeps(net.decoder.d) # the features of each image
+    once = AutoEncoder(net, len(learn.dls.items.train)).keeps(net.decoder.code_size) # the code of each image
     draw = max(0., clock.seconds-encode) if once and passes==1 else clock.seconds
     seconds = n*(once*encode + s.pretrain_epochs*draw)
     return seconds, _cost('decoder', s.pretrain_epochs, n, draw, seconds)

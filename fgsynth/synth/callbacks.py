@@ -11,12 +11,13 @@ from fastai.basics import *
 from ..core import InputError, check_name
 from ..distrib import gather, mean_over_processes, seeded
 from ..nets.networks import eval_mode, num_features
+from ..nets.codes import Coder, with_means
 from ..nets.decoder import Decoder
 from ..methods.base import batch_stats_only
 from ..methods.health import grad_scaler
 from .perturb import FeatureBank, MODES, NORMS
 from .perturb import cam_scores, low_variance, min_max, normalize, perturb
-from .decoding import OptState, SynthCallback, UnscaleDecoderGrads
+from .decoding import OptState, SynthCallback, UnscaleDecoderGrads, coder_of
 
 # %% ../../nbs/synth/02_callbacks.ipynb #eb22b7ea
 @delegates()
@@ -31,34 +32,45 @@ class DecoderCallback(SynthCallback):
         decoder_width:int=32, # Width of the default decoder
         decoder_grid:int=None, # Its first map, see `Decoder`
         decoder_draw:int=None, # The side at which it draws, see `Decoder`
+        decoder_layer:str=None, # Decode the map of this layer of the encoder; None: the features, as in the paper
         features:str=None, # Decode features of the clean image (None) or, with a frozen decoder, of the first 'view'
         **kwargs
     ):
         check_name(update, ['own','joint','frozen'], 'decoder update')
-        _check_features(features, beta, update)
+        _check_features(features, beta, update, decoder_layer)
         super().__init__(**kwargs)
         store_attr(but='kwargs')
 
 # %% ../../nbs/synth/02_callbacks.ipynb #1fc77048
-def _check_features(features, beta, update):
+def _check_features(features, beta, update, layer):
     "Say why features of a view cannot be decoded, where they cannot"
     if features not in (None,'view'):
         raise InputError(f"Features are those of the clean image (None) or of the first 'view', not {features!r}.")
     if features and (beta or update!='frozen'):
         raise InputError("A decoder cannot learn to draw the clean image from features of a view: "
                          "with features='view' give beta=0 and update='frozen'.")
+    if features and layer:
+        raise InputError(f"Of a view the features are known and not the map of {layer!r}: give features='view' or "
+                         "decoder_layer.")
 
 # %% ../../nbs/synth/02_callbacks.ipynb #86599b43
-def _shapes(m): return {k:v.shape for k,v in m.state_dict().items()}
+def _form(m): return getattr(m, 'layer', None), {k:v.shape for k,v in m.state_dict().items()}
+
+@torch.no_grad()
+def _map_shape(encoder, size, layer):
+    "Channels and side of the map that is decoded"
+    x = torch.zeros(1, 3, size, size, device=next(encoder.parameters()).device)
+    with eval_mode(encoder): return Coder(encoder, layer)(x).shape[1:3]
 
 @patch
 def wanted_decoder(self:DecoderCallback)->nn.Module:
     "The decoder that was given, one of the same form that the model has already, or a new one"
     if self.decoder is not None: return self.decoder
-    net,size = self.net,self.learn.dls.size
-    new = Decoder(num_features(net.encoder, size), size, self.decoder_width, self.decoder_grid, self.decoder_draw)
+    net,size,layer = self.net,self.learn.dls.size,self.decoder_layer
+    d,grid = _map_shape(net.encoder, size, layer) if layer else (num_features(net.encoder, size), self.decoder_grid)
+    new = Decoder(d, size, self.decoder_width, grid, self.decoder_draw, layer)
     there = getattr(net, 'decoder', None)
-    return new if there is None or _shapes(there)!=_shapes(new) else there.requires_grad_(True)
+    return new if there is None or _form(there)!=_form(new) else there.requires_grad_(True)
 
 # %% ../../nbs/synth/02_callbacks.ipynb #e77594a9
 @patch
@@ -91,7 +103,7 @@ def before_fit(self:DecoderCallback):
 # %% ../../nbs/synth/02_callbacks.ipynb #3f5b6c47
 @patch
 def decode(self:DecoderCallback, z):
-    "Reconstructions (n, 3, S, S) of features (n, d)"
+    "Reconstructions (n, 3, S, S) of codes (n, ...)"
     if not self.calibrated and self.learn.training:
         self.net.decoder.calibrate(gather(z))
         self.calibrated = True
@@ -101,12 +113,13 @@ def decode(self:DecoderCallback, z):
 # %% ../../nbs/synth/02_callbacks.ipynb #31d46cf7
 @patch
 def after_loss(self:DecoderCallback):
-    z = self.clean_features(grad=self.beta>0)
-    rec = self.decode(z.float())
+    s = self.clean(grad=self.beta>0)
+    rec = self.decode(s.code.float() if self.beta else s.code.detach().float())
     error = F.mse_loss(rec.float(), self.clean_images().float())
     if self.beta: self.add_loss('rec_loss', error, self.beta)
     else: self._learn_alone(error)
-    if self.learn.training: self.learn.synth.z,self.learn.synth.rec = z.detach(),rec.detach()
+    s.z,s.rec = s.z.detach(),rec.detach()
+    if s.features is None: s.code = s.code.detach()
 
 # %% ../../nbs/synth/02_callbacks.ipynb #7a5e4d10
 @patch
@@ -132,7 +145,7 @@ def after_fit(self:DecoderCallback):
 @delegates()
 class PerturbCallback(SynthCallback):
     "Shake the features' irrelevant dimensions (Eq. 3 to 6)"
-    order,run_valid,single = 2,False,True
+    order,run_valid,single,explains = 2,False,True,True
     def __init__(self,
         mode:str='both', # 'both', 'cam' or 'low_var' (Table 4), or 'random' (the same energy everywhere, Table 8)
         sigma_cam:float=3., # Strength of the noise by Grad-CAM (Eq. 5), in units of the features' standard deviation
@@ -166,7 +179,7 @@ def _check_strengths(sigma_cam, sigma_var, distance):
 def setup(self:PerturbCallback):
     dls,there = self.learn.dls,getattr(self.net, 'bank', None)
     size = max(2*dls.train.bs, min(self.bank_size, len(dls.train_ds)))
-    d = num_features(self.net.encoder, dls.size)
+    d = self.net.decoder.d if coder_of(self.net).layer else num_features(self.net.encoder, dls.size)
     if there is None or (there.size, there.d)!=(size, d): self.net.bank = FeatureBank(size, d).to(dls.device)
 
 # %% ../../nbs/synth/02_callbacks.ipynb #a667fcf3
@@ -180,11 +193,13 @@ def threshold(self:PerturbCallback)->float:
 def scores(self:PerturbCallback,
     z, # Clean features (n, d)
     out, # What the model returned for the views, cut to the same images
-)->Tensor: # (n, d) from 0 to 1
-    "Grad-CAM scores of clean features against the embedding of one view (Eq. 3 and 4)"
-    saliency,z = self.learn.ssl.saliency(),z.detach().float().requires_grad_()
+    code=None, # A code from which `z` was computed; None: `z` itself
+)->Tensor: # (n, d) from 0 to 1, of the code's d channels
+    "Grad-CAM scores of clean images against the embedding of one view (Eq. 3 and 4)"
+    saliency,z = self.learn.ssl.saliency(),z.float()
+    if code is None: code = z = z.detach().requires_grad_()
     with torch.enable_grad(), torch.autocast(z.device.type, enabled=False), eval_mode(saliency):
-        return normalize(cam_scores(saliency(z, out[saliency.answer]), z, self.target), self.norm)
+        return normalize(cam_scores(saliency(z, out[saliency.answer]), code, self.target), self.norm)
 
 # %% ../../nbs/synth/02_callbacks.ipynb #cc0a6e01
 @patch
@@ -202,15 +217,22 @@ def shake(self:PerturbCallback,
 # %% ../../nbs/synth/02_callbacks.ipynb #621a8556
 @patch
 def after_loss(self:PerturbCallback):
-    s,bank = self.learn.synth,self.net.bank
-    z = self.clean_features().detach().float()
+    s,bank = self.clean(),self.net.bank
+    z = s.z.detach().float()
     ids = self.learn.yb[0].as_subclass(Tensor)[:len(z)]
     bank.add(gather(z), gather(ids))
-    s.s_hat,s.v = self.scores(z, [o[:len(z)] for o in self.learn.pred]),bank.std()
+    s.s_hat,s.v = self._scores_of(s, [o[:len(z)] for o in self.learn.pred]),bank.std()
     s.v_hat,s.mask = min_max(s.v),low_variance(s.v, self.threshold()) & bank.ready()
     s.unit = (bank.unit() if self.relative else 1.)*bank.gain
     generator = torch.Generator(z.device).manual_seed(self.step_seed())
     s.z_pert,s.n_cam,s.n_var,s.noise = self.shake(s, z, ids, s.unit, generator)
+
+@patch
+def _scores_of(self:PerturbCallback, s, out):
+    "Scores of a synthesis; what they were computed with is let go"
+    scores = self.scores(s.z, out) if s.features is None else self.scores(s.features, out, s.code)
+    s.features,s.code = None,s.code.detach()
+    return scores
 
 # %% ../../nbs/synth/02_callbacks.ipynb #3cfecd38
 @patch
@@ -256,7 +278,7 @@ def decoded(self:SynthPairCallback):
     s,n = self.learn.synth,self.n_pairs()
     if self.pair is not None: return self.pair(self.learn.ssl.clean[:n])
     if s.z_pert is None: return s.x[:n], s.rec[:n]
-    s.pert = self.net.decoder(s.z_pert[:n])
+    s.pert = self.net.decoder(with_means(s.code[:n], s.z_pert[:n]))
     if not self.residual: return s.rec[:n], s.pert
     return s.x[:n], (s.x[:n] + s.pert - s.rec[:n]).clamp(0, 1)
 

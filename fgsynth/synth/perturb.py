@@ -60,7 +60,7 @@ def normalize(
 # %% ../../nbs/synth/00_perturb.ipynb #57b9ad11
 def cam_scores(
     loss, # Scalar: the contrastive loss, summed over the batch
-    z, # Features (B, d) that `loss` was computed from; must require a gradient
+    z, # Features (B, d), or a map (B, d, H, W), that `loss` was computed from; must require a gradient
     target:str='-loss', # What matters: what lowers the loss ('-loss'), what raises it ('loss'), or either ('abs')
 ): # Scores (B, d) >= 0, float32, detached
     "Gradient times feature (Eq. 3)"
@@ -68,6 +68,7 @@ def cam_scores(
     if loss.dim():
         raise InputError(f"Grad-CAM needs a scalar loss, got shape {tuple(loss.shape)}: sum it over the batch.")
     s = torch.autograd.grad(loss, z, retain_graph=True)[0].float() * z.detach().float()
+    if s.ndim>2: s = s.flatten(2).sum(2)
     return s.abs() if target=='abs' else F.relu(-s if target=='-loss' else s)
 
 # %% ../../nbs/synth/00_perturb.ipynb #d65a74ac
@@ -232,8 +233,10 @@ def perturb(
 class Synthesis:
     "What one synthesis holds, of the `n` images of a batch that take part"
     x:Tensor=None # Clean images (n, 3, S, S) in [0, 1]
-    z:Tensor=None # Their features (n, d)
-    rec:Tensor=None # Their reconstructions D(z) (n, 3, S, S)
+    code:Tensor=None # What is decoded: their features (n, d), or the map (n, d, side, side) of a layer
+    features:Tensor=None # Features computed from that map, while they are needed
+    z:Tensor=None # The features, or the means of the map's channels (n, d)
+    rec:Tensor=None # Their reconstructions D(code) (n, 3, S, S)
     z_rec:Tensor=None # The features of those (n, d)
     s_hat:Tensor=None # Scores (n, d) from 0 to 1 (Eq. 4)
     v:Tensor=None # Standard deviation (d,) of each dimension over the bank (Eq. 6)
@@ -245,7 +248,7 @@ class Synthesis:
     n_var:Tensor=None # Noise on low-variance dimensions (n, d) (Eq. 6)
     noise:Tensor=None # The noise that was added (n, d)
     std:Tensor=None # The standard deviation that it was drawn with (n, d)
-    z_pert:Tensor=None # Shaken features (n, d)
+    z_pert:Tensor=None # Shaken features, or means of the shaken map's channels (n, d)
     pert:Tensor=None # Decoded from them (n, 3, S, S)
     pair:list=None # The two images of each pair, before they are looked at
     diff:Tensor=None # Their mean squared difference

@@ -18,6 +18,7 @@ from ..data.views import Views
 from ..nets.networks import eval_mode
 from ..nets.encoders import create_encoder, read_info
 from ..nets.heads import Prototypes
+from ..nets.codes import Coder, channel_means, with_means
 from ..nets.decoder import Decoder
 from ..nets.saliency import Saliency, saliency_for_pictures
 from .perturb import Synthesis, cam_scores, low_variance, min_max, noise_std, normalize, perturb
@@ -51,6 +52,8 @@ class Synthesizer(nn.Module):
 
     @property
     def size(self): return self.decoder.size
+    @property
+    def coder(self): return Coder(self.encoder, getattr(self.decoder, 'layer', None))
 
 # %% ../../nbs/synth/03_synthesizer.ipynb #3c99e9e8
 def _noise_of(callback, bank):
@@ -89,15 +92,15 @@ def synthesizer(self:Learner)->Synthesizer:
 @patch
 def scores(self:Synthesizer,
     x, # Clean images (B, 3, size, size) in [0, 1]
-    z, # Their features (B, d)
     target:str='-loss', # What Grad-CAM explains, see `PerturbCallback`
     seed:int=0, # Of the views
-)->Tensor: # (B, d) from 0 to 1
+)->tuple: # Scores (B, d) from 0 to 1, and the code that they belong to
     "Grad-CAM scores against one augmented view of each image (Eq. 3 and 4)"
-    with seeded(seed, z.device), torch.no_grad():
+    with seeded(seed, x.device), torch.no_grad():
         key = self.saliency.key_head(self.encoder(Views(self.size, 1)(x)[0]))
-    z = z.detach().float().requires_grad_()
-    with torch.enable_grad(): return normalize(cam_scores(self.saliency(z, key), z, target), self.norm)
+    code,z = self.coder.with_features(x)
+    with torch.enable_grad(): scores = normalize(cam_scores(self.saliency(z, key), code, target), self.norm)
+    return scores,code.detach().float()
 
 # %% ../../nbs/synth/03_synthesizer.ipynb #8d2386fe
 @patch
@@ -106,14 +109,13 @@ def prepare(self:Synthesizer,
     x, # Clean images (B, 3, size, size) in [0, 1]
     target:str=None, # What Grad-CAM explains, see `PerturbCallback`; None: as in training
     seed:int=0, # Of the views
-)->Synthesis: # With x, rec, z, s_hat and z_rec
-    "What the strength of the noise leaves as it is: features, scores, the reconstruction and its features"
+)->Synthesis: # With x, code, z, rec, s_hat and z_rec
+    "What the strength of the noise leaves as it is: code, scores, the reconstruction and its features"
     with eval_mode(self):
         x = x.as_subclass(Tensor)
-        z = self.encoder(x).float()
-        rec = self.decoder(z)
-        s_hat = self.scores(x, z, target or self.defaults['target'], seed)
-        return Synthesis(x=x, z=z, s_hat=s_hat, rec=rec, z_rec=self.encoder(rec).float())
+        s_hat,code = self.scores(x, target or self.defaults['target'], seed)
+        rec = self.decoder(code)
+        return Synthesis(x=x, code=code, z=channel_means(code), s_hat=s_hat, rec=rec, z_rec=self.encoder(rec).float())
 
 # %% ../../nbs/synth/03_synthesizer.ipynb #e49f489a
 @patch
@@ -137,7 +139,7 @@ def forward(self:Synthesizer,
     generator = torch.Generator(s.z.device).manual_seed(seed)
     with eval_mode(self):
         noisy = perturb(s.z, s.s_hat, v_hat, mask, **noise, unit=self.unit, generator=generator)
-        pert = self.decoder(noisy.z)
+        pert = self.decoder(with_means(s.code, noisy.z))
         cos = F.cosine_similarity(s.z_rec, self.encoder(pert).float())
     std = noise_std(s.s_hat, v_hat, mask, **noise)*self.unit
     return replace(s, pert=pert, cos=cos, z_pert=noisy.z, n_cam=noisy.n_cam, n_var=noisy.n_var, noise=noisy.noise,
@@ -164,7 +166,8 @@ def _metadata(syn):
     "What is needed to build a `Synthesizer` again, and is not in its state"
     e,d,s = syn.encoder,syn.decoder,syn.saliency
     heads = {n:[_describe_layer(m) for m in getattr(s, n)] for n in ('head','key_head')}
-    return dict(arch=e.arch, size=e.size, num_features=e.num_features, decoder=[d.d, d.size, d.width, d.grid, d.draw],
+    form = [d.d, d.size, d.width, d.grid, d.draw, d.layer]
+    return dict(arch=e.arch, size=e.size, num_features=e.num_features, decoder=form,
                 heads=heads, norm=syn.norm, loss=s.kind, temperature=s.temperature, answer=s.answer, **syn.defaults)
 
 # %% ../../nbs/synth/03_synthesizer.ipynb #d0e6ae26
