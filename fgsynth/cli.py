@@ -7,15 +7,13 @@ __all__ = ['parse_given', 'is_interactive', 'with_bar', 'without_foreign_bars', 
            'as_sentences', 'spell_out', 'as_command', 'run_command']
 
 # %% ../nbs/04_cli.ipynb #3ae330b7
-import argparse, io, sys, warnings
+import argparse, io, os, sys, warnings
 from contextlib import contextmanager, nullcontext, redirect_stderr
-from fastai.torch_core import rank_distrib
 from fastcore.basics import ifnone
 from fastcore.imports import IN_NOTEBOOK
 from fastprogress.fastprogress import progress_bar
 from .core import InputError
 from .commands import known_commands, make_parser
-from .distrib import close_group
 
 # %% ../nbs/04_cli.ipynb #3fbe77cf
 def parse_given(
@@ -79,7 +77,7 @@ def as_sentences(
     except InputError as e: sys.exit(f'{prog}: {e}')
     except KeyboardInterrupt as e:
         below = '\n' if is_interactive() else '' # the bar
-        if not rank_distrib(): print(f"{below}{prog}: interrupted{f'; {e}' if str(e) else ''}.", file=sys.stderr)
+        if not int(os.environ.get('RANK', 0)): print(f"{below}{prog}: interrupted{f'; {e}' if str(e) else ''}.", file=sys.stderr)
         sys.exit(130)
 
 # %% ../nbs/04_cli.ipynb #84db2c48
@@ -99,7 +97,7 @@ def as_command(
     spell_out()
     with as_sentences(prog):
         with warnings_as_sentences(prog): yield
-        close_group()
+        if 'fgsynth.distrib' in sys.modules: sys.modules['fgsynth.distrib'].close_group() # it may have others beside it
 
 # %% ../nbs/04_cli.ipynb #65d2d300
 def run_command(

@@ -53,6 +53,11 @@ getattr(c, sys.argv[0])()"""
         return r.returncode,r.stdout,r.stderr
     return run
 
+def test_the_browser_is_not_kept_waiting():
+    "`fgsynth_explore` begins to serve before anything heavy is imported, which the page does by itself"
+    code = "import sys, fgsynth.show.app; sys.exit('torch' in sys.modules)"
+    assert not subprocess.run([sys.executable, '-c', code]).returncode
+
 @pytest.mark.parametrize('name', names)
 def test_help_is_light_and_names_every_option(light, name):
     rc,out,_ = light(name, '--help')

@@ -1,8 +1,9 @@
 "Several processes compute what one does; what torchrun or accelerate began can be taken up by one process, and back"
-import json, os, subprocess, sys, time
+import json, os, re, subprocess, sys, time
 from pathlib import Path
 import pytest, torch
 from conftest import root, save_photos
+from repo import cells, nbs_dir, source
 from safetensors.torch import load_file
 
 pytest.importorskip('accelerate')
@@ -16,7 +17,7 @@ def finished(r, ok=True):
 @pytest.fixture
 def launch(forked):
     "Run a script in so many processes"
-    return lambda n, *args, ok=True: finished(forked(*args, n=n, figures=False), ok)
+    return lambda n, *args, ok=True, cwd=None: finished(forked(*args, n=n, cwd=cwd, figures=False), ok)
 
 def launch_afresh(n, *args):
     "Run a script in so many fresh processes by the command of accelerate, which has torchrun start them"
@@ -71,6 +72,13 @@ small = '--size 32 --bs 8 --pretrain_epochs 1 --decoder_width 8 --arch timm/test
 @pytest.fixture(scope='module')
 def photos(tmp_path_factory): return save_photos(tmp_path_factory.mktemp('photos'), 50)
 
+def by_class(photos, sets):
+    "The photos again, in folders of two splits and two classes"
+    for i,f in enumerate(sorted(photos.glob('*.png'))):
+        to = sets/('test' if i%5==0 else 'train')/f'{i%2}'/f.name
+        to.parent.mkdir(parents=True, exist_ok=True); to.symlink_to(f)
+    return sets
+
 def training(photos, out, *args): return exe/'fgsynth_train', '--data', photos, *small, '--out', out, *args
 
 @pytest.mark.parametrize('by', ['torchrun','accelerate'])
@@ -84,6 +92,15 @@ def test_command(by, launch, photos, tmp_path):
     assert int(state['model']['bank.count'])==3*2*4 and state['world']==2 # steps, processes, half of a batch
     r = launch(2, *command, ok=False)
     assert r.returncode and 'already holds another run' in r.stderr
+
+def test_script_of_the_tutorial(launch, photos, tmp_path):
+    "What the page about many GPUs starts in two processes trains, and measures once"
+    page = next(o for o in map(source, cells(nbs_dir/'tutorials/many_gpus.ipynb')) if 'distrib_ctx' in o)
+    script = re.search(r"(?s)write_text\('''(.*?)'''\)", page)[1]
+    (tmp_path/'train.py').write_text(script.replace('birds', 'sets'))
+    by_class(photos, tmp_path/'sets')
+    found = json.loads(launch(2, tmp_path/'train.py', cwd=tmp_path).stdout.splitlines()[-1])
+    assert found['queries']==10 and 0<found['map']<=100
 
 def dying(folder, when):
     "A script die.py that is fgsynth_train, and ends in the middle"
@@ -133,11 +150,7 @@ def test_a_process_that_dies_at_the_end(launch, photos, tmp_path):
         "training.write_report = measure.write_report = late; command = sys.argv.pop(1)\n"
         "getattr(training if command=='fgsynth_train' else measure, command)()\n"
         "if rank_distrib(): os._exit(3)")
-    sets = photos.parent/'sets'
-    for i,f in enumerate(sorted(photos.glob('*.png'))):
-        to = sets/('test' if i%5==0 else 'train')/f'{i%2}'/f.name
-        to.parent.mkdir(parents=True, exist_ok=True); to.symlink_to(f)
-    out = tmp_path/'run'
+    sets,out = by_class(photos, tmp_path/'sets'),tmp_path/'run'
     r = launch(2, tmp_path/'late.py', 'fgsynth_train', '--data', sets, *small, '--epochs', 1, '--out', out, ok=False)
     assert r.returncode and 'exitcode' in r.stderr and 'seconds' in json.loads((out/'settings.json').read_text())
     r = launch(2, tmp_path/'late.py', 'fgsynth_eval', out, ok=False)

@@ -8,17 +8,15 @@ from fgsynth.evaluate.attention import attention_maps
 from fgsynth.nets.encoders import create_encoder, load_encoder, save_encoder, stages
 
 at_64 = '''
-    resnet18 alexnet mobilenet_v2 mobilenet_v3_small mnasnet0_5 shufflenet_v2_x0_5 efficientnet_b0 regnet_y_400mf
-    densenet121 googlenet squeezenet1_1 swin_t lite0 timm/test_byobnet timm/test_convnext timm/test_convnext2
-    timm/test_convnext3 timm/test_efficientnet timm/test_efficientnet_evos timm/test_efficientnet_gn
-    timm/test_efficientnet_ln timm/test_mambaout timm/test_nfnet timm/test_resnet timm/test_vit timm/test_vit2
-    timm/test_vit3 timm/test_vit4 cait_xxs24_224 coat_lite_tiny coat_tiny convit_tiny convnext_atto
-    cs3darknet_focus_s cspnext_tiny deit_tiny_distilled_patch16_224 dpn48b edgenext_xx_small efficientformer_l1
-    efficientformerv2_s0 efficientvit_b0 efficientvit_m0 fasternet_t0 fastvit_t8 gcvit_xxtiny ghostnet_050
-    gmixer_12_224 halonet26t hardcorenas_a hgnetv2_b0 inception_next_atto lcnet_035 levit_128s mixer_s32_224
-    mobilenetv3_small_050 mobilevit_xxs mobilevitv2_050 pvt_v2_b0 regnetx_002 repghostnet_050 repvit_m1
-    resmlp_12_224 resnetv2_18 rexnet_100 semnasnet_075 shvit_s1 skresnet18 starnet_s050 swiftformer_xs tinynet_e
-    tf_mixnet_s vit_tiny_r_s16_p8_224 vit_tiny_patch16_224 xcit_nano_12_p16_224
+    resnet18 mobilenet_v2 mobilenet_v3_small mnasnet0_5 shufflenet_v2_x0_5 efficientnet_b0 regnet_y_400mf
+    densenet121 googlenet squeezenet1_1 swin_t lite0 timm/test_byobnet timm/test_convnext timm/test_efficientnet
+    timm/test_efficientnet_evos timm/test_efficientnet_gn timm/test_mambaout timm/test_nfnet timm/test_resnet
+    timm/test_vit cait_xxs24_224 coat_lite_tiny convit_tiny convnext_atto cs3darknet_focus_s
+    deit_tiny_distilled_patch16_224 edgenext_xx_small efficientformer_l1 efficientformerv2_s0 efficientvit_b0
+    efficientvit_m0 fasternet_t0 fastvit_t8 gcvit_xxtiny ghostnet_050 halonet26t hardcorenas_a hgnetv2_b0
+    inception_next_atto lcnet_035 levit_128s mixer_s32_224 mobilevit_xxs pvt_v2_b0 repghostnet_050 repvit_m1
+    resmlp_12_224 shvit_s1 starnet_s050 swiftformer_xs vit_tiny_r_s16_p8_224 vit_tiny_patch16_224
+    xcit_nano_12_p16_224
     '''.split()
 at_other_sizes = dict(crossvit_tiny_240=96, pit_ti_224=96, tnt_s_patch16_224=48, poolformer_s12=48, inception_v3=96,
                       vit_small_patch14_reg4_dinov2=42, **{'timm/test_coatnet':128, 'timm/test_vit_relpos':48})
