@@ -142,7 +142,7 @@ def test_each_step_has_a_seed(seed, want):
 def flat(r, g, b): return tensor([r,g,b]).view(1,3,1,1).expand(2,3,4,4)
 
 x = flat(.9,.1,.5)
-made = dict(rec=flat(.1,.8,.5), z_pert=torch.zeros(2,1))
+made = dict(rec=flat(.1,.8,.5), code=torch.zeros(2,1), z_pert=torch.zeros(2,1))
 shaken = flat(.8,.1,.25)
 
 def look(cb, train_iter=35, **synth):

@@ -54,7 +54,7 @@ class Decoder(nn.Module):
         super().__init__()
         draw = draw or size
         _check_sizes(size, draw, grid)
-        doublings = max(1, math.ceil(math.log2(draw/(grid or 7))))
+        doublings = max(1, (round if layer else math.ceil)(math.log2(draw/(grid or 7))))
         self.d,self.size,self.width,self.draw,self.layer = d,size,width,draw,layer
         self.grid = grid if layer else math.ceil(draw/2**doublings)
         channels = [min(512, width*2**i) for i in reversed(range(doublings))]
@@ -76,9 +76,9 @@ def forward(self:Decoder,
     x = self.expand((z - self.shift) / self.scale)
     if self.layer is None: x = x.view(len(z), -1, self.grid, self.grid)
     x = self.steps(x).sigmoid()
-    rim = (x.shape[-1] - self.draw)//2
-    x = x[..., rim:rim+self.draw, rim:rim+self.draw]
-    return x if self.draw==self.size else F.interpolate(x, self.size, mode='bilinear')
+    rim = 0 if self.layer else (x.shape[-1] - self.draw)//2
+    if rim: x = x[..., rim:rim+self.draw, rim:rim+self.draw]
+    return x if x.shape[-1]==self.size else F.interpolate(x, self.size, mode='bilinear')
 
 # %% ../../nbs/nets/04_decoder.ipynb #0665e719
 @patch

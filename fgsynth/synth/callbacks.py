@@ -27,7 +27,7 @@ class DecoderCallback(SynthCallback):
     def __init__(self,
         beta:float=0., # Weight of the error in the encoder's loss (0.5 to 1.0 in Fig. 5); 0: only the decoder learns
         update:str='own', # Who moves the decoder: its 'own' Adam, the learner's optimizer ('joint'), nobody ('frozen')
-        decoder:nn.Module=None, # A decoder (B, d) to (B, 3, size, size); by default a `Decoder`
+        decoder:nn.Module=None, # A decoder (B, d) to (B, 3, size, size), or one with a `layer`; by default a `Decoder`
         decoder_lr:float=1e-3, # Learning rate of its own Adam
         decoder_width:int=32, # Width of the default decoder
         decoder_grid:int=None, # Its first map, see `Decoder`
