@@ -33,6 +33,7 @@ def vary(
 # %% ../../nbs/runs/07_table.ipynb #08603280
 _simsiam = dict(method='simsiam', lr=.002, head_mult=100.) # its heads, deep and with batch norm, have farther to go
 _as_written = dict(anchor='rec', residual=False, augment='none') # pairs as the paper has them
+_early = 'body.blocks.2' # of lite0: an eighth of the image's side
 _every_pair = dict(max_pairs=None, update='joint', beta=.5) # the rest of what it says
 
 experiments = dict(
@@ -70,6 +71,9 @@ experiments = dict(
     sigma_var=vary('sigma_var', 0., 1., 3., 6.),
     beta=vary('beta', 0., 0.5, 1.0),
     keep=vary('keep', 1., 1.5, 2., 3., synth='none'),
+    layers=[*vary('synth', 'none', 'both'),
+            *vary('distance', None, .003, .01, decoder_layer=_early),
+            dict(decoder_layer=_early, distance=.003, residual=False)],
 )
 
 # %% ../../nbs/runs/07_table.ipynb #f0ab71c8
