@@ -10,6 +10,7 @@ from fastcore.script import call_parse
 from fastai.vision.all import *
 from fgsynth.all import *
 from torchmetrics.functional.image import structural_similarity_index_measure
+from fgsynth.nets.codes import Coder
 from common import root
 
 def draw(net, x):

@@ -38,7 +38,8 @@ def make_start(n=4000, epochs=6):
 def make_synthesizer(encoder, items):
     "MoCo v2 with pairs that are decoded from an early layer, where a bird has not lost its outline yet"
     set_seed(0)
-    pairs = synth_pairs(update='frozen', decoder_width=16, decoder_layer='body.stages.1')
+    noise = dict(sigma_cam=1., sigma_var=1.) # with which one still sees a bird
+    pairs = synth_pairs(update='frozen', decoder_width=16, decoder_layer='body.stages.1', **noise)
     learn = ssl_learner(ssl_dls(items, size=size, bs=64), encoder, MoCoV2(momentum=.99), frozen_bn=True, cbs=pairs)
     learn.pretrain_decoder(24)
     learn.fit_one_cycle(2, slice(.0003, .01))

@@ -15,10 +15,12 @@ from ..core import InputError
 def _doubling(
     c_in:int, # Channels that come in
     c_out:int, # Channels that go out
+    smooth:bool=False, # Average each pixel with its neighbours above and to the left?
 )->nn.Module: # Maps (B, c_in, H, W) to (B, c_out, 2H, 2W)
     "Normalise, convolve, and shuffle the channels into a map of twice the side"
     norm = nn.Sequential(nn.GroupNorm(math.gcd(8, c_in), c_in), nn.ReLU(inplace=True))
-    return nn.Sequential(norm, nn.Conv2d(c_in, 4*c_out, 3, padding=1), nn.PixelShuffle(2))
+    mean = [nn.ReplicationPad2d((1,0,1,0)), nn.AvgPool2d(2, 1)]*smooth
+    return nn.Sequential(norm, nn.Conv2d(c_in, 4*c_out, 3, padding=1), nn.PixelShuffle(2), *mean)
 
 # %% ../../nbs/nets/04_decoder.ipynb #24105956
 def _check_sizes(size, draw, grid):
@@ -59,7 +61,7 @@ class Decoder(nn.Module):
         self.grid = grid if layer else math.ceil(draw/2**doublings)
         channels = [min(512, width*2**i) for i in reversed(range(doublings))]
         self.expand = _FromMap(d, channels[0]) if layer else nn.Linear(d, channels[0]*self.grid**2)
-        self.steps = nn.Sequential(*[_doubling(*c) for c in zip(channels, channels[1:]+[3])])
+        self.steps = nn.Sequential(*[_doubling(*c, bool(layer)) for c in zip(channels, channels[1:]+[3])])
         self.register_buffer('shift', torch.zeros(d, 1, 1) if layer else torch.zeros(d))
         self.register_buffer('scale', torch.ones(()))
         self.register_buffer('calibrated', torch.tensor(False))
