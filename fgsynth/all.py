@@ -31,6 +31,7 @@ from .data.loaders import *
 from .nets.networks import *
 from .nets.encoders import *
 from .nets.heads import *
+from .nets.codes import *
 from .nets.decoder import *
 from .nets.losses import *
 from .nets.saliency import *

@@ -77,7 +77,8 @@ def as_sentences(
     except InputError as e: sys.exit(f'{prog}: {e}')
     except KeyboardInterrupt as e:
         below = '\n' if is_interactive() else '' # the bar
-        if not int(os.environ.get('RANK', 0)): print(f"{below}{prog}: interrupted{f'; {e}' if str(e) else ''}.", file=sys.stderr)
+        is_first = not int(os.environ.get('RANK', 0)) # of the processes
+        if is_first: print(f"{below}{prog}: interrupted{f'; {e}' if str(e) else ''}.", file=sys.stderr)
         sys.exit(130)
 
 # %% ../nbs/04_cli.ipynb #84db2c48

@@ -138,7 +138,8 @@ def test_scores_are_what_a_louder_channel_would_do_to_the_loss():
 
 # training
 
-@pytest.mark.parametrize('method', [MoCoV2(K=64), SimSiam(), SimCLR(), BYOL(), DINO(K=64)], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize('method', [MoCoV2(K=64), SimSiam(), SimCLR(), BYOL(), DINO(K=64)],
+                         ids=lambda m: type(m).__name__)
 def test_a_step_of_every_method(dls, method):
     learn = make(dls, pairs(), method)
     learn.fit(1, .01)

@@ -49,7 +49,8 @@ def forward(self:Coder,
 )->Tensor: # Features (B, d), or the layer's map (B, C, side, side)
     "What is decoded of images"
     if self.layer is None: return self.encoder(x)
-    def stop(out): raise _Reached(out)
+    def stop(out):
+        raise _Reached(out)
     try:
         with _hooked(self, stop): self.encoder.forward(x) # the module itself may be compiled, which passes hooks by
     except _Reached as e: return _check_map(e.args[0], self.layer)

@@ -149,7 +149,7 @@ class Settings:
         decoder_width:int=pair_defaults['decoder_width'], # Width of the decoder
         decoder_grid:int=pair_defaults['decoder_grid'], # Side of the decoder's first map; 16 learns detail faster
         decoder_draw:int=pair_defaults['decoder_draw'], # Side at which it draws; half of `size` costs a quarter
-        decoder_layer:str=pair_defaults['decoder_layer'], # Decode the map of this layer of the encoder, not its features
+        decoder_layer:str=pair_defaults['decoder_layer'], # Decode the map of this layer, not the features
         frozen_bn:int=None, # 1: keep the encoder's batch norm statistics, 0: do not; None: 1 for loaded weights
         pretrained:store_true=False, # Start from ImageNet weights (downloaded once)
         weights:str=None, # Start from a local file with weights
