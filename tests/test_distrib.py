@@ -95,7 +95,7 @@ def test_command(by, launch, photos, tmp_path):
 
 def test_script_of_the_tutorial(launch, photos, tmp_path):
     "What the page about many GPUs starts in two processes trains, and measures once"
-    page = next(o for o in map(source, cells(nbs_dir/'tutorials/many_gpus.ipynb')) if 'distrib_ctx' in o)
+    page = next(o for o in map(source, cells(nbs_dir/'tutorials/many_gpus.ipynb')) if 'write_text(' in o)
     script = re.search(r"(?s)write_text\('''(.*?)'''\)", page)[1]
     (tmp_path/'train.py').write_text(script.replace('birds', 'sets'))
     by_class(photos, tmp_path/'sets')
