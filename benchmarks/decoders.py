@@ -10,12 +10,11 @@ from fastcore.script import call_parse
 from fastai.vision.all import *
 from fgsynth.all import *
 from torchmetrics.functional.image import structural_similarity_index_measure
-from fgsynth.nets.codes import Coder
 from common import root
 
 def draw(net, x):
     "Images as the decoder draws them"
-    coder = Coder(net.encoder, net.decoder.layer)
+    coder = coder_of(net)
     with torch.no_grad(): return torch.cat([net.decoder(coder(float_images(o))) for o in x.split(100)])
 
 def similarity(p, q):

@@ -9,6 +9,7 @@ from fastcore.test import is_close
 from fastai.callback.core import Callback, CancelFitException
 from fastai.torch_core import set_seed
 from conftest import call, save_photos
+from training import silent
 from fgsynth.core import InputError
 from fgsynth.data.datasets import get_dataset
 from fgsynth.data.loaders import ssl_dls
@@ -53,12 +54,8 @@ def dls(items):
     return ssl_dls(items, size=32, bs=32)
 
 def make(dls, cbs, method=None, encoder=None, **kw):
-    "A learner that draws and writes nothing"
     set_seed(0)
-    learn = ssl_learner(dls, encoder or small(), method or MoCoV2(K=64), cbs=cbs, **kw)
-    learn.remove_cb(learn.progress)
-    learn.logger = lambda *a, **k: None
-    return learn
+    return silent(ssl_learner(dls, encoder or small(), method or MoCoV2(K=64), cbs=cbs, **kw))
 
 class At(Callback):
     "Look at a learner at some moment of its first step, and end it"
@@ -91,12 +88,11 @@ def test_where_the_gradient_of_the_features_goes(grad):
     assert code.grad.any() and (enc.body[0].weight.grad is not None)==grad
     assert is_close(z, enc(x), 1e-6)
 
-@pytest.mark.parametrize('name', ['resnet18','convnext_tiny','timm/test_byobnet','lite0'])
-def test_layers_of_real_networks(name):
+@pytest.mark.parametrize('name,stage', [('resnet18','body.layer2'), ('convnext_tiny','body.features.2'),
+                                        ('timm/test_byobnet','body.stages.1'), ('lite0','body.blocks.2')])
+def test_layers_of_real_networks(name, stage):
     torch.manual_seed(0)
     enc,x = create_encoder(name, size=64).eval(),torch.rand(2,3,64,64)
-    stage = dict(resnet18='body.layer2', convnext_tiny='body.features.2').get(name) or (
-        'body.blocks.2' if name=='lite0' else 'body.stages.1')
     code,z = Coder(enc, stage).with_features(x)
     assert code.shape[2]==code.shape[3]>1 and is_close(z, enc(x), 1e-4)
     assert torch.autograd.grad(z.sum(), code)[0].any()
@@ -272,7 +268,7 @@ def test_the_shake_test_asks_for_features(dls, items):
     with pytest.raises(InputError, match='without decoder_layer'):
         shake_test(make(dls, pairs('random')), items, 1, 1, .01)
 
-def test_a_command_trains_goes_on_and_is_measured(tmp_path, monkeypatch, undrawn):
+def test_a_command_takes_the_layer(tmp_path, monkeypatch, undrawn):
     photos = save_photos(tmp_path, 40)
     args = '--arch timm/test_byobnet --size 32 --bs 16 --pretrain_epochs 1 --decoder_width 8'.split()
     call(monkeypatch, 'fgsynth_train', '--data', photos, *args, '--decoder_layer', 'body.stages.1', '--epochs', 1,

@@ -8,9 +8,9 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.progress import CSVLogger
 from fastai.callback.schedule import ParamScheduler, SchedLin
 from fastai.basics import L
-from fastai.learner import noop
 from fastai.torch_core import set_seed
 from fastai.callback.training import GradientAccumulation, GradientClip
+from training import silent
 from fgsynth.data.datasets import get_dataset
 from fgsynth.data.loaders import ssl_dls
 from fgsynth.nets.networks import Encoder
@@ -33,9 +33,7 @@ def make(items, *cbs, method=None, bs=32, pairs=True, valid_pct=0., bn=False, **
     set_seed(0)
     dls = ssl_dls(items, size=32, bs=bs, valid_pct=valid_pct)
     synth = synth_pairs(decoder_width=4) if pairs else []
-    learn = ssl_learner(dls, small(bn), method or MoCoV2(K=64), cbs=[*synth, *cbs], **kw)
-    learn.remove_cb(learn.progress); learn.logger = noop
-    return learn
+    return silent(ssl_learner(dls, small(bn), method or MoCoV2(K=64), cbs=[*synth, *cbs], **kw))
 
 def fit(learn, n, lr=None, **kw):
     "The same order and random numbers each time"

@@ -15,6 +15,7 @@ from fastai.callback.tracker import EarlyStoppingCallback
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.learner import Learner
 from fastai.torch_core import set_seed
+from training import silent
 from fgsynth.core import InputError
 from fgsynth.data.datasets import get_dataset
 from fgsynth.data.loaders import ssl_dls
@@ -51,11 +52,7 @@ def small():
 narrow_pairs = partial(synth_pairs, decoder_width=4)
 
 def make(dls, method=None, cbs=None, **kw):
-    "A learner that draws and writes nothing"
-    learn = ssl_learner(dls, small(), method or MoCoV2(K=128), cbs=cbs, **kw)
-    learn.remove_cb(learn.progress)
-    learn.logger = lambda *a, **k: None
-    return learn
+    return silent(ssl_learner(dls, small(), method or MoCoV2(K=128), cbs=cbs, **kw))
 
 def alone(cb, **learn):
     "A callback with as much of a learner as it needs"

@@ -1,8 +1,8 @@
-"""Small networks, and a second implementation of a training to compare with; used by `test_methods.py` and
-`test_learner.py`"""
+"""Small networks, quiet learners, and a second implementation of a training to compare with"""
 import random
 import torch
 from torch import nn
+from fastcore.basics import noop
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback                       # which brings `no_bar`
 from fastai.torch_core import set_seed
@@ -21,6 +21,12 @@ def close(a, b, tol=1e-5):
 def quietly(learn, n=1, lr=None, **kw):
     "A fit without a table"
     with learn.no_bar(), learn.no_logging(): learn.fit(n, lr, **kw)
+    return learn
+
+def silent(learn):
+    "A learner that draws and writes nothing"
+    learn.remove_cb(learn.progress)
+    learn.logger = noop
     return learn
 
 def next_losses(learn):

@@ -76,7 +76,7 @@ def forward(self:Decoder,
 ): # (B, 3, size, size) in [0, 1]
     "The image of each code"
     x = self.expand((z - self.shift) / self.scale)
-    if self.layer is None: x = x.view(len(z), -1, self.grid, self.grid)
+    if not self.layer: x = x.view(len(z), -1, self.grid, self.grid)
     x = self.steps(x).sigmoid()
     rim = 0 if self.layer else (x.shape[-1] - self.draw)//2
     if rim: x = x[..., rim:rim+self.draw, rim:rim+self.draw]

@@ -14,7 +14,7 @@ from ..core import InputError
 from ..files import load_tensors
 from ..data.finches import finches
 from ..data.images import float_images
-from ..nets.codes import channel_means
+from ..nets.codes import channel_means, coder_of
 from ..nets.saliency import Saliency
 from ..synth.perturb import MODES
 from ..synth.synthesizer import Synthesizer
@@ -36,7 +36,8 @@ def _set_statistics(syn, images, bank):
     "Take the standard deviations and the unit of the noise from a bank, or from images"
     if bank is not None: syn.v,syn.unit = bank.std().detach().clone(),bank.unit().detach().clone()
     else:
-        z = torch.cat([channel_means(syn.coder(o)).float() for o in images.split(64)])
+        coder = coder_of(syn)
+        z = torch.cat([channel_means(coder(o)).float() for o in images.split(64)])
         syn.v,syn.unit = F.normalize(z, dim=1).std(0, correction=0),z.std(0, correction=0).mean()
 
 # %% ../../nbs/show/02_explore.ipynb #c03e6469

@@ -11,13 +11,13 @@ from fastai.basics import *
 from ..core import InputError, check_name
 from ..distrib import gather, mean_over_processes, seeded
 from ..nets.networks import eval_mode, num_features
-from ..nets.codes import Coder, with_means
+from ..nets.codes import Coder, coder_of, with_means
 from ..nets.decoder import Decoder
 from ..methods.base import batch_stats_only
 from ..methods.health import grad_scaler
 from .perturb import FeatureBank, MODES, NORMS
 from .perturb import cam_scores, low_variance, min_max, normalize, perturb
-from .decoding import OptState, SynthCallback, UnscaleDecoderGrads, coder_of
+from .decoding import OptState, SynthCallback, UnscaleDecoderGrads
 
 # %% ../../nbs/synth/02_callbacks.ipynb #eb22b7ea
 @delegates()
@@ -115,7 +115,7 @@ def decode(self:DecoderCallback, z):
 def after_loss(self:DecoderCallback):
     s = self.clean(grad=self.beta>0)
     rec = self.decode(s.code.float() if self.beta else s.code.detach().float())
-    error = F.mse_loss(rec.float(), self.clean_images().float())
+    error = F.mse_loss(rec.float(), s.x.float())
     if self.beta: self.add_loss('rec_loss', error, self.beta)
     else: self._learn_alone(error)
     s.z,s.rec = s.z.detach(),rec.detach()

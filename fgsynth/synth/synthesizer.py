@@ -18,7 +18,7 @@ from ..data.views import Views
 from ..nets.networks import eval_mode
 from ..nets.encoders import create_encoder, read_info
 from ..nets.heads import Prototypes
-from ..nets.codes import Coder, channel_means, with_means
+from ..nets.codes import channel_means, coder_of, with_means
 from ..nets.decoder import Decoder
 from ..nets.saliency import Saliency, saliency_for_pictures
 from .perturb import Synthesis, cam_scores, low_variance, min_max, noise_std, normalize, perturb
@@ -52,8 +52,6 @@ class Synthesizer(nn.Module):
 
     @property
     def size(self): return self.decoder.size
-    @property
-    def coder(self): return Coder(self.encoder, getattr(self.decoder, 'layer', None))
 
 # %% ../../nbs/synth/03_synthesizer.ipynb #3c99e9e8
 def _noise_of(callback, bank):
@@ -98,7 +96,7 @@ def scores(self:Synthesizer,
     "Grad-CAM scores against one augmented view of each image (Eq. 3 and 4)"
     with seeded(seed, x.device), torch.no_grad():
         key = self.saliency.key_head(self.encoder(Views(self.size, 1)(x)[0]))
-    code,z = self.coder.with_features(x)
+    code,z = coder_of(self).with_features(x)
     with torch.enable_grad(): scores = normalize(cam_scores(self.saliency(z, key), code, target), self.norm)
     return scores,code.detach().float()
 
