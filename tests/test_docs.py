@@ -17,7 +17,7 @@ def test_ten_lines_of_the_first_page(monkeypatch, tmp_path, capsys):
     first = next(i for i,o in enumerate(code) if 'ssl_learner(' in o)
     lines = '\n'.join(code[first-1:first+3])
     for long,short in ('n_train=600', 'n_train=64'), ('n_test=500', 'n_test=48'), \
-                      ('pretrain_decoder(4)', 'pretrain_decoder(1)'), ('one_cycle(4', 'one_cycle(1'):
+                      ('pretrain_decoder(8)', 'pretrain_decoder(1)'), ('one_cycle(4', 'one_cycle(1'):
         assert lines.count(long)==1, long
         lines = lines.replace(long, short)
     exec(lines, {})

@@ -79,7 +79,7 @@ def test_defaults_stand_on_the_classes():
     assert defaults(PerturbCallback) == pairs | dict(mode='both', sigma_cam=3., sigma_var=3., tau=.905, target='-loss',
                                                      relative=True, bank_size=4096, norm='min_max')
     assert defaults(SynthPairCallback) == pairs | dict(lam=.5, augment='whole', residual=True, anchor='view')
-    assert defaults(Learner.pretrain_decoder) == dict(n_epoch=5, lr=2e-3)
+    assert defaults(Learner.pretrain_decoder) == dict(n_epoch=5, lr=5e-3, bs=16)
 
 @pytest.mark.parametrize('cls', classes)
 def test_signatures_name_every_argument(cls):
@@ -368,7 +368,7 @@ def test_pretraining_encodes_each_image_once_and_leaves_the_rest_alone(dls):
     net.encoder.eval()
     before = deepcopy(net.state_dict())
     hook = net.encoder.register_forward_hook(lambda *o: seen.append(1))
-    pre = learn.pretrain_decoder(2)
+    pre = learn.pretrain_decoder(2, bs=dls.train.bs)
     hook.remove()
     assert len(seen) == len(dls.train)
     assert (net.encoder.training, net.projector.training) == (False, True)
@@ -378,6 +378,14 @@ def test_pretraining_encodes_each_image_once_and_leaves_the_rest_alone(dls):
     assert (pre.recorder.metric_names, len(pre.recorder.losses)) == (['epoch','train_loss','time'], 8)
     assert bool(net.decoder.calibrated) is True
     assert set(vars(learn.synth).values()) == {None} # nothing was synthesized yet
+
+def test_pretraining_takes_small_batches(dls):
+    learn = make(dls, cbs=narrow_pairs(update='frozen'))
+    n = len(dls.train)*dls.train.bs
+    pre = learn.pretrain_decoder(2, bs=8)
+    assert (pre.dls.train.bs, len(pre.recorder.losses), learn.dls.train.bs) == (8, 2*n//8, dls.train.bs)
+    assert learn.pretrain_decoder(1, bs=1000).dls.train.bs == dls.train.bs
+    with pytest.raises(InputError, match='at least one image, not 0'): learn.pretrain_decoder(1, bs=0)
 
 def test_pretraining_shows_a_bar_where_the_training_would(dls):
     bars = []

@@ -50,9 +50,10 @@ def demo_settings(
     small:bool=False, # From the small network that comes with fgsynth?
     **changes, # More settings
 )->Settings:
-    "The preset `cpu`, or what fits the small network"
-    if not small: return Settings.from_preset('cpu', **changes)
-    network = dict(arch='timm/test_byobnet', pretrained=False, lr=.001, head_mult=30., frozen_bn=1)
+    "The preset `cpu`, or what fits the small network, with a decoder that draws from an early map"
+    network = dict(decoder_layer='body.blocks.2', frozen_stages=4)
+    if small: network = dict(decoder_layer='body.stages.1', frozen_stages=3, arch='timm/test_byobnet', pretrained=False,
+                             lr=.001, head_mult=30., frozen_bn=1)
     return Settings.from_preset('cpu', **{**network, **changes})
 
 # %% ../../nbs/runs/06_demo.ipynb #4a452c62
@@ -93,7 +94,7 @@ def demo_training(
 )->tuple: # Learner, and seconds
     "MoCo v2 with pairs of a kind, or without"
     learn = make_learner(items, s, synth)
-    seconds = pretrain_where_needed(learn, s.pretrain_epochs) + fit_run(learn, s)
+    seconds = pretrain_where_needed(learn, s.pretrain_epochs, bs=s.pretrain_bs) + fit_run(learn, s)
     save_encoder(learn, out/f'encoder_{synth}.safetensors', synth=synth, seed=s.seed, image_size=s.size)
     return learn,seconds
 

@@ -118,6 +118,7 @@ class Settings:
         synth:str='both', # Pairs: none, both noises, cam, low_var, random; reconstruction, jitter, views or within
         epochs:int=5, # Passes over the training images
         pretrain_epochs:int=10, # Passes of the decoder before that, with the encoder frozen
+        pretrain_bs:int=16, # Images in a batch of these, at most; more where a GPU waits for small ones
         lr:float=0.03, # Highest learning rate of the encoder (appendix B.1)
         schedule:str='one_cycle', # How learning rates move: one_cycle (up, then down) or cosine (down, as in the paper)
         head_mult:float=1., # How many times faster the heads learn; from pretrained weights 5 to 30
@@ -230,7 +231,7 @@ def located(self:Settings)->Settings: # A copy
 
 # %% ../../nbs/runs/00_presets.ipynb #5838ac37
 _at_least = dict(epochs=1, bs=2, size=1, keep=1, K=1, wd=0, decoder_width=1, decoder_grid=1, decoder_draw=1,
-                 pretrain_epochs=0, frozen_stages=0, sigma_cam=0, sigma_var=0, tau=0, lam=0, beta=0)
+                 pretrain_epochs=0, pretrain_bs=1, frozen_stages=0, sigma_cam=0, sigma_var=0, tau=0, lam=0, beta=0)
 _above_zero = 'lr','head_mult','layer_decay','max_pairs','decoder_lr','distance','temperature'
 
 # %% ../../nbs/runs/00_presets.ipynb #5df06c79

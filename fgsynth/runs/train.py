@@ -109,7 +109,8 @@ def _moved(old, new):
     return old==new or os.path.basename(old)==os.path.basename(new) and not os.path.exists(old)
 
 # %% ../../nbs/runs/04_train.ipynb #5387063d
-_added = dict(keep=1., K=None, mask_same_image=False, temperature=None, opt='sgd', wd=1e-4, teacher=False)
+_added = dict(keep=1., K=None, mask_same_image=False, temperature=None, opt='sgd', wd=1e-4, teacher=False,
+              pretrain_bs=16)
 
 # %% ../../nbs/runs/04_train.ipynb #afd34dac
 def run_to_resume(
@@ -181,7 +182,7 @@ def _pretrain(learn, s, checkpoints):
     "Seconds of the decoder's pre-training; its epochs take seconds and its checkpoints 100 MB, so not after each"
     if needs_pretraining(learn, s.pretrain_epochs): print('Pre-training the decoder')
     cb = checkpoints(phase='decoder', each_epoch=False)
-    pretrain_where_needed(learn, s.pretrain_epochs, cbs=cb)
+    pretrain_where_needed(learn, s.pretrain_epochs, cbs=cb, bs=s.pretrain_bs)
     return cb.seconds
 
 # %% ../../nbs/runs/04_train.ipynb #b497bd56
@@ -193,9 +194,10 @@ def _processes(learn, s):
 
 # %% ../../nbs/runs/04_train.ipynb #102d0f9b
 class _Steps(Callback):
-    "Stop a fit after `n` steps and one to warm up; `seconds` is their mean time, loading included"
+    "Stop a fit after `n` steps and one to warm up; `seconds` is their mean time, loading included, `batches` of `bs`"
     order = 90
     def __init__(self, n): self.n,self.ends = n,[]
+    def before_fit(self): self.batches,self.bs = len(self.learn.dls.train),self.learn.dls.train.bs
     def after_batch(self):
         if torch.cuda.is_available(): torch.cuda.synchronize()
         self.ends.append(time.perf_counter())
@@ -205,9 +207,9 @@ class _Steps(Callback):
     def seconds(self): return (self.ends[-1]-self.ends[0])/self.n
 
 # %% ../../nbs/runs/04_train.ipynb #df13478b
-def _encoding_seconds(learn):
-    "What the encoder takes for one batch, without gradients"
-    encoder,x = get_model(learn.model).encoder,float_images(learn.dls.train.one_batch()[0], learn.dls.size)
+def _encoding_seconds(learn, bs):
+    "What the encoder takes for a batch of `bs` images, without gradients"
+    encoder,x = get_model(learn.model).encoder,float_images(learn.dls.train.one_batch()[0][:bs], learn.dls.size)
     with torch.no_grad():
         encoder(x); start = time.perf_counter()
         encoder(x)
@@ -255,9 +257,10 @@ def _cost(phase, epochs, n, each, total):
 # %% ../../nbs/runs/04_train.ipynb #81c69814
 def _decoder_cost(learn, s, steps, passes):
     "Seconds of the decoder's pre-training, and a line about it where there is one"
-    clock,n = _Steps(steps),len(learn.dls.train)
-    if not pretrain_where_needed(learn, passes if s.pretrain_epochs>0 else 0, cbs=clock): return [0.]
-    encode,net = _encoding_seconds(learn),get_model(learn.model)
+    clock = _Steps(steps)
+    epochs = passes if s.pretrain_epochs>0 else 0
+    if not pretrain_where_needed(learn, epochs, cbs=clock, bs=s.pretrain_bs): return [0.]
+    encode,net,n = _encoding_seconds(learn, clock.bs),get_model(learn.model),clock.batches
     once = AutoEncoder(net, len(learn.dls.items.train)).keeps(net.decoder.code_size) # the code of each image
     draw = max(0., clock.seconds-encode) if once and passes==1 else clock.seconds
     seconds = n*(once*encode + s.pretrain_epochs*draw)

@@ -13,6 +13,7 @@ from fastai.basics import *
 from ..core import InputError
 from ..distrib import any_process, broadcast, fastai_distributed, gather, world
 from ..data.images import float_images
+from ..data.loaders import with_batches_of
 from ..nets.codes import channel_means, coder_of
 from ..methods.base import SSLMethod, batch_stats_only
 from ..methods.health import HealthCallback, grad_scaler
@@ -103,7 +104,8 @@ def _pretraining_callbacks(learn, cbs):
 @patch
 def pretrain_decoder(self:Learner,
     n_epoch:int=5, # Epochs; the paper takes 200 (appendix B.2)
-    lr:float=2e-3, # Peak learning rate of Adam
+    lr:float=5e-3, # Peak learning rate of Adam
+    bs:int=16, # Images in a batch, at most as many as the learner's batches have
     cbs=None, # Callbacks for the pre-training
 )->Learner: # The learner of the pre-training, with its recorder
     "Train the decoder alone on the features of the frozen encoder (Eq. 2)"
@@ -113,8 +115,9 @@ def pretrain_decoder(self:Learner,
                          "make the learner with cbs=synth_pairs() or cbs=DecoderCallback().")
     broadcast([*net.parameters(), *net.buffers()]) # several processes start from one encoder
     with _decoder_trainable(net):
-        pre = Learner(self.dls, AutoEncoder(net, len(self.dls.items.train)), loss_func=MSELossFlat(), opt_func=Adam,
-                      cbs=_pretraining_callbacks(self, cbs), path=self.path, model_dir=self.model_dir)
+        pre = Learner(with_batches_of(self.dls, bs), AutoEncoder(net, len(self.dls.items.train)),
+                      loss_func=MSELossFlat(), opt_func=Adam, cbs=_pretraining_callbacks(self, cbs),
+                      path=self.path, model_dir=self.model_dir)
         log_epochs(pre)
         pre.recorder.valid_metrics,pre.logger = False,self.logger
         show_progress = self.create_mbar and hasattr(self, 'progress')
@@ -134,11 +137,12 @@ def pretrain_where_needed(
     learn:Learner, # From `ssl_learner`, with any callbacks
     n_epoch:int, # Epochs of the pre-training; 0 for none
     cbs=None, # Callbacks for the pre-training
+    **kwargs, # More arguments of `Learner.pretrain_decoder`
 )->float: # Seconds; 0. where there was nothing to do
     "Pre-train the decoder, if the learner has one"
     if not needs_pretraining(learn, n_epoch): return 0.
     start = time.perf_counter()
-    learn.pretrain_decoder(n_epoch, cbs=cbs)
+    learn.pretrain_decoder(n_epoch, cbs=cbs, **kwargs)
     return time.perf_counter() - start
 
 # %% ../../nbs/synth/01_decoding.ipynb #41a17aee
