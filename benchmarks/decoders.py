@@ -29,6 +29,8 @@ def main(
     path:str=None, # Where the data set lies
     layer:str=None, # Layer whose map is decoded; the features by default
     epochs:int=4, # Of the decoder
+    bs:int=16, # Images in its batches
+    lr:float=5e-3, # Its peak learning rate
     width:int=16, # Of the decoder
     size:int=64, # Of the images, pixels
     n:int=2000, # Most test images
@@ -41,15 +43,15 @@ def main(
     learn = ssl_learner(ssl_dls(items, size=size, bs=64), 'lite0', MoCoV2(), pretrained=True,
                         cbs=synth_pairs(update='frozen', decoder_width=width, decoder_layer=layer))
     start = time.process_time()
-    learn.pretrain_decoder(epochs)
+    learn.pretrain_decoder(epochs, lr=lr, bs=bs)
     seconds = time.process_time()-start
     net,(x,good) = learn.model.eval(),items.load('test', size)
     x,y = x[:n],items.labels('test')[good][:n]
     drawn,real = draw(net, x),float_images(x)
     probe = fit_probe(*split_features(net.encoder, items, 'train', size), len(items.classes), seed=seed)
     right = [top_k(probe(features(net.encoder, o)), y) for o in (real, drawn)]
-    row = dict(data=called or data, size=size, layer=layer or '', epochs=epochs, width=width, seed=seed,
-               squared_error=f'{F.mse_loss(drawn, real):.4f}', ssim=f'{similarity(drawn, real):.3f}',
+    row = dict(data=called or data, size=size, layer=layer or '', epochs=epochs, bs=bs, lr=f'{lr:g}', width=width,
+               seed=seed, squared_error=f'{F.mse_loss(drawn, real):.4f}', ssim=f'{similarity(drawn, real):.3f}',
                real=f'{right[0]:.1f}', decoded=f'{right[1]:.1f}', chance=f'{100/len(items.classes):.1f}',
                cpu_seconds=f'{seconds:.0f}')
     file = root/'results'/'decoders.csv'

@@ -41,9 +41,9 @@ def make_synthesizer(encoder, items):
     noise = dict(sigma_cam=1., sigma_var=1.) # with which one still sees a bird
     pairs = synth_pairs(update='frozen', decoder_width=16, decoder_layer='body.stages.1', **noise)
     learn = ssl_learner(ssl_dls(items, size=size, bs=64), encoder, MoCoV2(momentum=.99), frozen_bn=True, cbs=pairs)
-    learn.pretrain_decoder(24)
+    learn.pretrain_decoder(24, lr=2e-3, bs=64)
     learn.fit_one_cycle(2, slice(.0003, .01))
-    learn.pretrain_decoder(6, lr=5e-4) # for the encoder as it is now
+    learn.pretrain_decoder(6, lr=5e-4, bs=64) # for the encoder as it is now
     halve(learn.synthesizer().save(folder/'finches.safetensors'))
 
 def main():

@@ -184,7 +184,7 @@ def demo(
     n_test:int=1000, # Test images
     size:int=64, # Image size in pixels
     epochs:int=3, # Passes over the images in each training
-    pretrain_epochs:int=4, # Passes of the decoder before
+    pretrain_epochs:int=8, # Passes of the decoder before
     seed:int=0, # Random seed
     overwrite:store_true=False, # Replace a demo that is already in that folder
 )->list: # The rows of metrics.csv
