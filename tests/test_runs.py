@@ -239,7 +239,7 @@ def test_a_dry_run_counts_every_epoch_and_writes_nothing(flock, tmp_path, capsys
     assert 'training: 1 epochs of 8 steps' in one and 'training: 10 epochs of 8 steps' in ten and 'decoder' not in one
     train(preset='smoke', epochs=3, out=tmp_path/'dry', dry_run=True)
     said = capsys.readouterr().out
-    assert 'decoder:  1 epochs of 8 steps' in said and 'Nothing was written.' in said and not (tmp_path/'dry').exists()
+    assert 'decoder:  1 epochs of 16 steps' in said and 'Nothing was written.' in said and not (tmp_path/'dry').exists()
 
 @pytest.mark.parametrize('method,schedule', [('mocov2','one_cycle'), ('simsiam','cosine')])
 def test_each_stage_learns_more_slowly_than_the_one_after_it(method, schedule, flock):
