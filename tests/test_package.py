@@ -2,6 +2,8 @@
 import ast, json, os, re, subprocess, sys, sysconfig, zipfile
 from pathlib import Path
 import pytest, yaml
+from fgsynth.core import InputError
+from fgsynth.show import app
 from repo import cfg, copy_repository, modules, root, scripts
 
 def test_constraints_pin_torch():
@@ -147,3 +149,10 @@ def test_no_code_from_strings_and_no_shell():
             assert not (isinstance(o.func, ast.Attribute) and name in ('system','popen')), where
             assert not any(k.arg=='shell' for k in o.keywords), where
             assert not any(k.arg=='weights_only' and k.value.value is not True for k in o.keywords), where
+
+@pytest.mark.parametrize('gone', [['voila'], ['ipykernel'], ['voila','ipykernel']])
+def test_the_app_says_what_it_lacks_and_its_extra_brings_it(gone, monkeypatch):
+    "Voilà does not bring a kernel, without which its page stays empty"
+    monkeypatch.setattr(app, 'find_spec', lambda name: None if name in gone else True)
+    with pytest.raises(InputError, match=' and '.join(gone) + ": pip install 'fgsynth\\[app\\]'"): app.explore_in_browser()
+    assert set(gone) <= set(re.findall(r'([\w-]+)>=', cfg['app_requirements']))

@@ -33,8 +33,10 @@ def explore_in_browser(
 ):
     "Open the sliders of a run in the browser"
     if run is not None: find_run(run)
-    if find_spec('voila') is None:
-        raise InputError("The sliders in a browser need the package voila: pip install 'fgsynth[app]'.")
+    missing = [o for o in ('voila','ipykernel') if find_spec(o) is None]
+    if missing:
+        raise InputError(f"The sliders in a browser need the package {' and '.join(missing)}: "
+                         "pip install 'fgsynth[app]'.")
     from voila.app import Voila
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder)/'explore.ipynb'
