@@ -1,7 +1,7 @@
-"""The paper's setting, for a machine with a GPU: EfficientNet-Lite0 from ImageNet weights, 224 pixels, the preset `paper`
-(MoCo v2 with SGD, cosine, batch norm that trains). Four rows in results/paper_scale.csv: the start, MoCo v2 alone, with
-synthesized pairs to the letter, and with pairs as this package draws them. Give the command again if it was stopped: it
-goes on at the last checkpoint, and leaves out what is measured.
+"""The paper's setting, for a machine with a GPU: EfficientNet-Lite0 from ImageNet weights, 224 pixels, the preset
+`paper` (MoCo v2 with SGD, cosine, batch norm that trains). Four rows in results/paper_scale.csv: the start, MoCo v2
+alone, with synthesized pairs to the letter, and with pairs as this package draws them. Give the command again if it was
+stopped: it goes on at the last checkpoint, and leaves out what is measured.
 
   python benchmarks/paper_scale.py --dry_run                # how long it would take
   python benchmarks/paper_scale.py --data ../shared/data/cars98
@@ -47,7 +47,8 @@ def main(
     dry_run:store_true=False, # Only say how long it would take
 ):
     if not torch.cuda.is_available() and size>=224 and not dry_run:
-        raise InputError("There is no GPU: without one this takes days. Give --dry_run for an estimate, or a --size of 64.")
+        raise InputError("There is no GPU, and without one this takes days: "
+                         "give --dry_run for an estimate, or a --size of 64.")
     common = dict(arch='lite0', pretrained=True, size=size, bs=bs, seed=seed, precision=precision,
                   epochs=epochs, pretrain_epochs=pretrain_epochs)
     items = run_items(data, path, size)

@@ -137,7 +137,7 @@ def shaken():
     items = get_dataset('finches', n_train=200, n_test=64, size=32)
     learn = ssl_learner(ssl_dls(items, size=32, bs=32), 'timm/test_byobnet', MoCoV2(momentum=.99),
                         cbs=synth_pairs('random', decoder_width=8))
-    return shake_test(learn, items, pretrain_epochs=1, head_epochs=1, head_lr=.001, distances=(.001,), n=64)
+    return shake_test(learn, items, pretrain_epochs=3, head_epochs=1, head_lr=.001, distances=(.001,), n=64)
 
 def test_shaking_compares_at_equal_distance(shaken):
     check_eq(len(shaken), 12)

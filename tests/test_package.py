@@ -154,5 +154,6 @@ def test_no_code_from_strings_and_no_shell():
 def test_the_app_says_what_it_lacks_and_its_extra_brings_it(gone, monkeypatch):
     "Voilà does not bring a kernel, without which its page stays empty"
     monkeypatch.setattr(app, 'find_spec', lambda name: None if name in gone else True)
-    with pytest.raises(InputError, match=' and '.join(gone) + ": pip install 'fgsynth\\[app\\]'"): app.explore_in_browser()
+    with pytest.raises(InputError, match=' and '.join(gone) + r": pip install 'fgsynth\[app\]'"):
+        app.explore_in_browser()
     assert set(gone) <= set(re.findall(r'([\w-]+)>=', cfg['app_requirements']))

@@ -88,7 +88,8 @@ def test_presets_work_with_experiments(name):
 def test_rows_of_earlier_versions_are_found():
     "The keys of the rows in results/runs.csv, as they were always written"
     runs = read_runs()
-    for synth in 'none','both','random': assert len(runs_of(runs, data='gtsrb', synth=synth, keep=1., pretrain_bs=64))>=5, synth
+    for synth in 'none','both','random':
+        assert len(runs_of(runs, data='gtsrb', synth=synth, keep=1., pretrain_bs=64))>=5, synth
 
 def test_the_key_of_a_run():
     "Column by column, with the text that has always stood there"

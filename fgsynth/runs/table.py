@@ -82,7 +82,8 @@ _first = 'experiment data encoder size method synth seed epochs'.split()
 _method = 'K mask_same_image temperature opt wd teacher'.split()
 _train = 'keep bs lr schedule head_mult frozen_stages layer_decay momentum pretrained frozen_bn'.split() + _method
 _pair = 'lam max_pairs anchor features'.split()
-_decoder = 'pretrain_epochs pretrain_bs update decoder_lr decoder_width decoder_grid decoder_draw decoder_layer beta'.split()
+_decoder = ('pretrain_epochs pretrain_bs update decoder_lr '
+            'decoder_width decoder_grid decoder_draw decoder_layer beta').split()
 _noise = 'sigma_cam sigma_var tau target norm absolute distance augment residual'.split()
 _curves = 'knn feat_std rec_loss pair_diff decoded_top1'.split()
 _about = 'preset commit machine torch'.split()
@@ -173,7 +174,8 @@ def _read_text(path):
     df,default = pd.read_csv(path, dtype=str, keep_default_na=False),{**Settings().as_dict(), **_before}
     for c in _train:
         if c not in df: df[c] = _as_text(default[c])
-    if 'pretrain_bs' not in df: df['pretrain_bs'] = df.bs.where(df.pretrain_epochs!='', '')
+    if 'pretrain_bs' not in df and 'pretrain_epochs' in df:
+        df['pretrain_bs'] = df.bs.where(df.pretrain_epochs!='', '')
     missing = [c for c in run_columns if c not in df and default.get(c, '') is not None]
     if missing:
         raise InputError(f"{str(path)!r} lacks the columns {', '.join(missing)}: "

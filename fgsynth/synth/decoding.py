@@ -106,6 +106,7 @@ def pretrain_decoder(self:Learner,
     n_epoch:int=5, # Epochs; the paper takes 200 (appendix B.2)
     lr:float=5e-3, # Peak learning rate of Adam
     bs:int=16, # Images in a batch, at most as many as the learner's batches have
+    loss_func=None, # Of pictures and images; by default the squared error, as in the paper
     cbs=None, # Callbacks for the pre-training
 )->Learner: # The learner of the pre-training, with its recorder
     "Train the decoder alone on the features of the frozen encoder (Eq. 2)"
@@ -116,7 +117,7 @@ def pretrain_decoder(self:Learner,
     broadcast([*net.parameters(), *net.buffers()]) # several processes start from one encoder
     with _decoder_trainable(net):
         pre = Learner(with_batches_of(self.dls, bs), AutoEncoder(net, len(self.dls.items.train)),
-                      loss_func=MSELossFlat(), opt_func=Adam, cbs=_pretraining_callbacks(self, cbs),
+                      loss_func=ifnone(loss_func, MSELossFlat()), opt_func=Adam, cbs=_pretraining_callbacks(self, cbs),
                       path=self.path, model_dir=self.model_dir)
         log_epochs(pre)
         pre.recorder.valid_metrics,pre.logger = False,self.logger
