@@ -387,6 +387,12 @@ def test_pretraining_takes_small_batches(dls):
     assert learn.pretrain_decoder(1, bs=1000).dls.train.bs == dls.train.bs
     with pytest.raises(InputError, match='at least one image, not 0'): learn.pretrain_decoder(1, bs=0)
 
+def test_pretraining_takes_another_loss(dls):
+    learn,seen = make(dls, cbs=narrow_pairs(update='frozen')),[]
+    def loss(drawn, x): seen.append(drawn.shape==x.shape); return (drawn - x).abs().mean()
+    pre = learn.pretrain_decoder(1, loss_func=loss)
+    assert seen==[True]*len(pre.dls.train) and pre.recorder.losses[0] > .01
+
 def test_pretraining_shows_a_bar_where_the_training_would(dls):
     bars = []
     class Bar(Callback):
