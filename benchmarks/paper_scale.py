@@ -14,14 +14,15 @@ from fgsynth.core import InputError
 from fgsynth.evaluate.measures import evaluate
 from fgsynth.nets.encoders import create_encoder, load_encoder
 from fgsynth.runs.measure import read_complete_run
-from fgsynth.runs.presets import Settings
+from fgsynth.runs.presets import Settings, pair_defaults
 from fgsynth.runs.table import append_run, code_commit, find_runs, machine_name, read_runs, row_key
 from fgsynth.runs.train import estimate, run_items, train
+from fgsynth.synth.callbacks import PAPER
 import torch
 from common import root
 
-ours = dict(update='frozen', beta=0., augment='whole', residual=1, anchor='view', max_pairs=.5,
-            absolute=False, sigma_cam=3., sigma_var=3.) # the defaults of `synth_pairs`
+# what the paper settles, as this package has it: the defaults of `synth_pairs`, and a decoder that stays as it is
+ours = {**{k:v for k,v in pair_defaults.items() if k in PAPER and k!='relative'}, 'absolute':False, 'update':'frozen'}
 recipes = dict(start=dict(synth='none', epochs=0), moco=dict(synth='none'), letter={}, ours=ours)
 
 def trained(name, s, folder):

@@ -262,7 +262,7 @@ def _decoder_cost(learn, s, steps, passes):
     if not pretrain_where_needed(learn, epochs, cbs=clock, bs=s.pretrain_bs): return [0.]
     encode,net,n = _encoding_seconds(learn, clock.bs),get_model(learn.model),clock.batches
     once = AutoEncoder(net, len(learn.dls.items.train)).keeps(net.decoder.code_size) # the code of each image
-    draw = max(0., clock.seconds-encode) if once and passes==1 else clock.seconds
+    draw = max(0., clock.seconds-encode) if once and steps<clock.batches else clock.seconds
     seconds = n*(once*encode + s.pretrain_epochs*draw)
     return seconds, _cost('decoder', s.pretrain_epochs, n, draw, seconds)
 
