@@ -393,6 +393,18 @@ def test_pretraining_takes_another_loss(dls):
     pre = learn.pretrain_decoder(1, loss_func=loss)
     assert seen==[True]*len(pre.dls.train) and pre.recorder.losses[0] > .01
 
+@pytest.mark.parametrize('half', [False,True])
+def test_pretraining_computes_as_the_training_will(dls, half):
+    learn,seen = make(dls, cbs=narrow_pairs(update='frozen')),set()
+    if half: learn.to_bf16()
+    hook = learn.model.decoder.register_forward_hook(lambda m, x, out: seen.add(out.dtype))
+    pre = learn.pretrain_decoder(3)
+    hook.remove()
+    assert seen == {torch.bfloat16 if half else torch.float32}
+    assert {p.dtype for p in learn.model.parameters()} == {torch.float32}
+    full = make(dls, cbs=narrow_pairs(update='frozen')).pretrain_decoder(3)
+    assert is_close(pre.recorder.values[-1][0], full.recorder.values[-1][0], eps=.003)
+
 def test_pretraining_shows_a_bar_where_the_training_would(dls):
     bars = []
     class Bar(Callback):

@@ -8,7 +8,7 @@ __all__ = ['AutoEncoder', 'needs_pretraining', 'pretrain_where_needed', 'OptStat
 # %% ../../nbs/synth/01_decoding.ipynb #7de85950
 import time
 from contextlib import contextmanager, nullcontext
-from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastai.basics import *
 from ..core import InputError
 from ..distrib import any_process, broadcast, fastai_distributed, gather, world
@@ -17,7 +17,7 @@ from ..data.loaders import with_batches_of
 from ..nets.codes import channel_means, coder_of
 from ..methods.base import SSLMethod, batch_stats_only
 from ..methods.health import HealthCallback, grad_scaler
-from ..methods.learner import log_epochs
+from ..methods.learner import Bfloat16, log_epochs
 from .perturb import Synthesis
 
 # %% ../../nbs/synth/01_decoding.ipynb #c565bbe5
@@ -92,9 +92,13 @@ def _decoder_trainable(net):
             p.grad = None
 
 # %% ../../nbs/synth/01_decoding.ipynb #f5a907a3
+def _in_bfloat16(learn):
+    return any(isinstance(cb, MixedPrecision) and cb.amp_mode==AMPMode.BF16 for cb in learn.cbs)
+
 def _pretraining_callbacks(learn, cbs):
-    "Callbacks for the pre-training of the decoder of `learn`"
+    "Callbacks for the pre-training of the decoder of `learn`, which takes its bfloat16 over but no float16"
     cbs = L(_Reconstruct()) + L(cbs)
+    if _in_bfloat16(learn): cbs += [Bfloat16()]
     if hasattr(learn, 'health'): cbs += [HealthCallback(watch=get_model(learn.model))]
     if world()>1 and hasattr(learn, 'distributed_trainer'):
         cbs += [fastai_distributed().DistributedTrainer(False, cpu=learn.dls.device.type=='cpu')]
