@@ -1,5 +1,5 @@
 "An own folder of images: its index, the search in it and labels for the rest; and what was wrong, in one sentence"
-import csv, re, shutil, warnings
+import csv, json, re, shutil, warnings
 import pandas as pd
 import pytest, torch, torch.nn.functional as F
 from fastcore.test import test_close, test_eq
@@ -8,10 +8,11 @@ from conftest import call
 from figures import without_figures
 from fgsynth.core import InputError
 from fgsynth.files import write_json
+from fgsynth.data.decoded import load_images
 from fgsynth.data.finches import finches
 from fgsynth.evaluate.features import features
 from fgsynth.evaluate.probe import fit_probe
-from fgsynth.nets.encoders import create_encoder, save_encoder
+from fgsynth.nets.encoders import create_encoder, load_encoder, save_encoder
 from fgsynth.own import index as index_module, search as search_module
 from fgsynth.own.index import ImageIndex, write_index
 from fgsynth.own.label import classifiers, label_run
@@ -42,6 +43,33 @@ def trained(photos, tmp_path_factory):
     with pytest.MonkeyPatch.context() as m, without_figures(), pytest.warns(UserWarning, match=r'cut\.jpg'):
         call(m, 'fgsynth_train', '--data', photos, *small, '--out', out)
     return out
+
+@pytest.fixture
+def wide(tmp_path, monkeypatch):
+    "Wide images whose left and right thirds tell them apart, and a run that was trained on the whole of them"
+    top = tmp_path/'wide'
+    for i in range(40):
+        im = Image.new('RGB', (120,40), (3*i,90,90))
+        im.paste(('red','blue')[i%2], (0,0,40,40)); im.paste(('red','blue')[i%2], (80,0,120,40))
+        for split in ('train','test'):
+            f = top/split/('red','blue')[i%2]/f'{i}.png'
+            f.parent.mkdir(parents=True, exist_ok=True); im.save(f)
+    with without_figures(): call(monkeypatch, 'fgsynth_train', '--data', top, *small, '--resize', 'squish',
+                                 '--out', tmp_path/'run')
+    return top,tmp_path/'run'
+
+def test_what_was_trained_on_whole_pictures_is_used_on_whole_pictures(wide, monkeypatch, capsys):
+    top,run = wide
+    assert json.loads((run/'settings.json').read_text(encoding='utf-8'))['resize']=='squish'
+    index = build_index(run, top/'test')
+    assert len(index.names)==40
+    encoder = load_encoder(run/'encoder.safetensors')
+    x,_ = load_images([index.path(i) for i in range(40)], 32, resize='squish')
+    test_close(F.normalize(torch.as_tensor(index.z[:]).float()), F.normalize(features(encoder, x)), 5e-3)
+    capsys.readouterr()
+    with without_figures(): call(monkeypatch, 'fgsynth_eval', run)
+    with open(run/'metrics.csv', encoding='utf-8') as f: row = next(csv.DictReader(f))
+    assert float(row['top1_100'])==100.                               # which nothing in the centre could say
 
 def kind(f): return 'white' if int(re.search(r'(\d+)\.\w+$', f)[1])%2 else 'plain'
 

@@ -6,15 +6,16 @@ from fastai.vision.all import L, TensorImage
 from PIL import Image
 from torchvision.transforms import CenterCrop, InterpolationMode, RandomResizedCrop, Resize
 from fgsynth.core import InputError
-from fgsynth.data.crops import crop, cut_images, kept_side, random_box, squash_box
+from fgsynth.data.crops import crop, cut_images, kept_side, random_box, squish_box
 from fgsynth.data.images import decode_image, decode_whole
 from fgsynth.data.datasets import get_dataset
-from fgsynth.data.items import Items
+from fgsynth.data.items import Items, hold_out, sample_items
 from fgsynth.data.loaders import labelled_dls, ssl_dls
 from fgsynth.data.views import Views, ViewSet
 from fgsynth.evaluate.features import labelled_split
 from fgsynth.evaluate.probe import fresh_crops
 from fgsynth.methods.learner import ssl_learner
+from fgsynth.runs.presets import Settings
 from tiny import caught, green, red, solid
 
 t = torch.tensor
@@ -58,10 +59,35 @@ def test_views_are_torchvisions_crops_of_the_files(items, tmp_path, keep):
             assert float(aspect)==pytest.approx(w/h)
             box = [w//4, h//5, w//2, h//2]                 # in the picture, in whole pixels
             scale = 32*keep/h                              # the picture is thought of as 32*keep pixels high
-            ours = crop(whole[None]/255., squash_box([t([v*scale]) for v in box], aspect[None]), 32)
+            ours = crop(whole[None]/255., squish_box([t([v*scale]) for v in box], aspect[None]), 32)
             theirs = TF.resized_crop(picture, box[1], box[0], box[3], box[2], [32,32], antialias=True)
             assert (ours-theirs).abs().mean()<.01 and (ours-theirs).abs().max()<.1
             assert (clean-TF.center_crop(TF.resize(picture, 32, antialias=True), 32)[0]).abs().mean()<.03
+
+@pytest.mark.parametrize('keep', [1, 2])
+def test_clean_images_may_be_the_whole_picture(items, tmp_path, keep):
+    squished = Items('squished', items.train, items.test, resize='squish')
+    def whole(i): return TF.resize(upright(squished.train[int(i)]), [32,32], antialias=True)[0]
+    kept = Items('kept', items.train, items.test, cache_dir=tmp_path, resize='squish')
+    for dls in (ssl_dls(squished, 32, 6, keep=keep), *(ssl_dls(kept, 32, 6, keep=keep) for _ in range(2)),
+                *(ssl_dls(squished, 32, 6, cache=False, num_workers=n, keep=keep) for n in (0,2))):
+        x,ix = dls.one_batch()
+        assert max((clean-whole(i)).abs().mean() for clean,i in zip(x, ix))<.03
+    x,good = squished.load('train', 32)
+    assert max((clean/255.-whole(i)).abs().mean() for clean,i in zip(x, good))<.03
+    wide = torch.randint(256, (4,3,40,80), dtype=torch.uint8)
+    x,_ = Items('memory', wide, wide[:0], resize='squish').load('train', 20)
+    assert (x/255.-TF.resize(wide/255., [20,20], antialias=True)).abs().mean()<.03
+
+def test_parts_of_a_data_set_are_resized_as_the_whole():
+    x,y = torch.zeros(8, 3, 32, 64, dtype=torch.uint8),t([0,1]*4)
+    items = Items('wide', x, x, y, y, resize='squish')
+    assert {hold_out(items).resize, sample_items(items, 4, 4, 0, 'some').resize}=={'squish'}
+
+def test_a_way_to_resize_that_there_is_not(items):
+    with pytest.raises(InputError, match="way to resize 'squash'.*squish"):
+        Items('x', items.train, items.test, resize='squash').load('train', 32)
+    with pytest.raises(InputError, match='way to resize'): Settings(resize='stretch').check()
 
 def test_evaluation_is_resize_and_centre_crop_of_the_file(folder):
     "torchvision rounds odd sides, which shifts its crop by up to half a pixel"

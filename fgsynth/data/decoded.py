@@ -12,10 +12,10 @@ from pathlib import Path
 from traceback import clear_frames
 from fastcore.basics import patch
 from filelock import FileLock
-from ..core import InputError
+from ..core import InputError, check_name
 from ..files import replace_file
 from .images import decode_image, decode_whole, map_threads, name_some, none_readable, resize_square
-from .images import squash, warn_unreadable
+from .images import RESIZES, squish, warn_unreadable
 
 # %% ../../nbs/data/06_decoded.ipynb #1be68cde
 def _decode_into(out, images, num_workers, progress, aspects=None):
@@ -175,12 +175,15 @@ def load_images(
     num_workers:int=None, # Decoding threads; default: one per core, at most 16
     progress:bool=None, # Show a progress bar? Default: from 2,000 files on
     cache_dir=None, # Folder that keeps decoded images, mapped into memory; they may be more than fit into it
+    resize:str='crop', # How they become squares, one of `RESIZES`
 )->tuple: # torch.uint8 (M, 3, size, size), and the LongTensor (M,) of positions in `images` that could be read
     "Decode and resize images in parallel; unreadable ones are skipped and named in one warning"
     _check_any(images)
-    if not isinstance(images, torch.Tensor): return _decode_all(images, size, num_workers, progress, cache_dir, False)
+    whole = check_name(resize, RESIZES, 'way to resize')=='squish'
+    if not isinstance(images, torch.Tensor):
+        return _decode_all(images, size, num_workers, progress, cache_dir, whole)[:2]
     warn_if_dark(images, 'number {}'.format)
-    return resize_square(images, size),torch.arange(len(images))
+    return resize_square(images, size, resize),torch.arange(len(images))
 
 # %% ../../nbs/data/06_decoded.ipynb #4ec4e367
 def load_whole(
@@ -190,20 +193,21 @@ def load_whole(
     progress:bool=None, # As in `load_images`
     cache_dir=None, # As in `load_images`
 )->tuple: # torch.uint8 (M, 3, S, S), the LongTensor (M,) of positions in `images`, and aspect ratios (M,)
-    "`load_images` of whole pictures, squashed to squares"
+    "`load_images` of whole pictures, squished to squares"
     _check_any(images)
     if not isinstance(images, torch.Tensor): return _decode_all(images, side, num_workers, progress, cache_dir, True)
     warn_if_dark(images, 'number {}'.format)
     n,_,h,w = images.shape
-    return squash(images, side), torch.arange(n), torch.full((n,), w/h)
+    return squish(images, side), torch.arange(n), torch.full((n,), w/h)
 
 # %% ../../nbs/data/06_decoded.ipynb #101e6235
 def load_quietly(
     images, # As in `load_images`
     size:int, # Side of the result, in pixels
+    resize:str='crop', # As in `load_images`
 )->tuple: # As `load_images`, perhaps without any image
     "`load_images` without a word about images that cannot be read"
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        try: return load_images(images, size, progress=False)
+        try: return load_images(images, size, progress=False, resize=resize)
         except InputError: return torch.empty(0, 3, size, size, dtype=torch.uint8),torch.empty(0).long()

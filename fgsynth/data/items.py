@@ -7,6 +7,7 @@ __all__ = ['check_labels', 'class_name', 'Items', 'choose_per_class', 'label_fra
 
 # %% ../../nbs/data/07_items.ipynb #95d3f6f7
 import unicodedata, numpy as np, torch
+from functools import partial
 from dataclasses import dataclass
 from fastcore.basics import ifnone, patch
 from fastcore.foundation import L
@@ -79,6 +80,7 @@ class Items:
     test_masks:torch.Tensor=None # The same for the test images
     train_groups:list=None # For each training image, which object or scene it shows, if known
     cache_dir:str=None # Folder that keeps decoded images, see `load_images`
+    resize:str='crop' # How pictures become squares: their centre ('crop'), or the whole of them ('squish')
     about:str='' # How a folder was understood, in a sentence
 
     def __post_init__(self):
@@ -116,13 +118,13 @@ def load(self:Items,
     split:str, # 'train' or 'test'
     size:int, # Side of the images, in pixels
     num_workers:int=None, # Decoding threads
-    whole:bool=False, # The whole pictures, squashed to squares?
+    whole:bool=False, # The whole pictures, squished to squares?
 )->tuple: # As `load_images`, or `load_whole`
     "`load_images` of one split, or `load_whole`, kept for the next call"
     images,kept = getattr(self, split),self.__dict__.setdefault('_kept', {})
-    key = split,whole
+    key = split,whole,self.resize
     if key not in kept or kept[key][0] is not images or kept[key][1]!=size:
-        read = load_whole if whole else load_images
+        read = load_whole if whole else partial(load_images, resize=self.resize)
         kept[key] = images,size,read(images, size, num_workers, cache_dir=self.cache_dir)
     return kept[key][2]
 
@@ -186,7 +188,7 @@ def sample_items(
     train,test = [_sample(y, n, generator) for y,n in zip(labels, (n_train,n_test))]
     groups = items.train_groups and [items.train_groups[i] for i in train.tolist()]
     return Items(name, _pick(items.train, train), _pick(items.test, test), labels[0][train], labels[1][test],
-                 items.classes, train_groups=groups)
+                 items.classes, train_groups=groups, resize=items.resize)
 
 # %% ../../nbs/data/07_items.ipynb #170ba526
 def _choose_groups(groups, labels, pct, seed):
@@ -219,4 +221,5 @@ def hold_out(
     keep,out = [o.nonzero()[:,0] for o in (~is_held, is_held)]
     return Items(items.name, _pick(items.train, keep), _pick(items.train, out),
                  y[keep], y[out], items.classes,
-                 _pick(items.train_masks, keep), _pick(items.train_masks, out), train_groups=_pick(groups, keep))
+                 _pick(items.train_masks, keep), _pick(items.train_masks, out), train_groups=_pick(groups, keep),
+                 resize=items.resize)

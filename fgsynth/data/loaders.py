@@ -12,7 +12,7 @@ from fastai.vision.all import *
 from ..core import InputError
 from ..distrib import own_device
 from .crops import KEEP, cut_images, kept_side
-from .images import decode_image, decode_whole, none_readable, resize_square, squash, warn_unreadable
+from .images import decode_image, decode_whole, none_readable, resize_square, squish, warn_unreadable
 from .items import label_fraction
 
 # %% ../../nbs/data/17_loaders.ipynb #ccd97417
@@ -28,6 +28,7 @@ class ImageDS:
         vocab=None, # Class names, if `y` holds classes
         side:int=None, # Side at which whole pictures are kept, in pixels; None: centre squares of `size`
         aspect:torch.Tensor=None, # (N,) aspect ratios of whole pictures in memory
+        resize:str='crop', # How pictures become squares, one of `RESIZES`
     ):
         store_attr()
         self.unreadable = torch.zeros(len(rows), dtype=torch.bool).share_memory_()
@@ -54,8 +55,8 @@ def _item(self:ImageDS, x, i, aspect=None): # None: it is a centre square
 def _resized(self:ImageDS, i):
     "The image in memory at `i`, brought to size"
     x = self.images[int(self.rows[i])][None]
-    if self.side is None: return self._item(resize_square(x, self.size)[0], i)
-    return self._item(squash(x, self.side)[0], i, x.shape[-1]/x.shape[-2])
+    if self.side is None: return self._item(resize_square(x, self.size, self.resize)[0], i)
+    return self._item(squish(x, self.side)[0], i, x.shape[-1]/x.shape[-2])
 
 @patch
 def _read(self:ImageDS, i):
@@ -65,7 +66,7 @@ def _read(self:ImageDS, i):
         j %= len(self)
         file = self.images[int(self.rows[j])]
         try:
-            if self.side is None: return self._item(decode_image(file, self.size), j)
+            if self.side is None: return self._item(decode_image(file, self.size, self.resize), j)
             x,aspect = decode_whole(file, self.side)
             return self._item(x, j, aspect)
         except Exception: self.unreadable[j] = True
@@ -125,17 +126,17 @@ class ImageDL(TfmdDL):
 # %% ../../nbs/data/17_loaders.ipynb #3e3ce0d5
 class CutClean(ItemTransform):
     "Make the clean images of a batch of whole pictures; a batch becomes `(x, y)`"
-    def __init__(self, size): self.size = size # Side of the clean images, pixels
+    def __init__(self, size, resize='crop'): self.size,self.resize = size,resize # As for `cut_images`
     def encodes(self, b):
         whole,y,aspect = b
-        return cut_images(whole.as_subclass(torch.Tensor), aspect, self.size), y
+        return cut_images(whole.as_subclass(torch.Tensor), aspect, self.size, self.resize), y
 
 # %% ../../nbs/data/17_loaders.ipynb #6c77f5b4
 def _image_dl(ds, bs, train, num_workers, device, drop_last=False):
     "`ImageDL` with float images on the device"
     on_demand = bool(len(ds)) and not ds.cached
     workers = ifnone(num_workers, min(16, defaults.cpus)) if on_demand else 0
-    to_float = IntToFloatTensor() if ds.side is None else CutClean(ds.size)
+    to_float = IntToFloatTensor() if ds.side is None else CutClean(ds.size, ds.resize)
     dl = ImageDL(ds, bs=bs, shuffle=train, drop_last=drop_last, num_workers=workers,
                  pin_memory=on_demand and device.type=='cuda', device=device, after_batch=to_float)
     dl._n_inp,dl._types = 1,{tuple:[TensorImage, type(ds.y)]} # known beforehand: works for an empty loader too
@@ -171,7 +172,8 @@ def _image_ds(items, split, chosen, size, keep, cache, num_workers, labels=None)
         rows = torch.isin(readable, chosen).nonzero()[:,0]
         ix = readable[rows]
     y,vocab = (ix,None) if labels is None else (TensorCategory(labels[ix]), list(items.classes))
-    return ImageDS(images, rows, y, size, cached, vocab, side, *aspect)
+    aspect = aspect[0] if aspect else None
+    return ImageDS(images, rows, y, size, cached, vocab, side, aspect, items.resize)
 
 # %% ../../nbs/data/17_loaders.ipynb #0eda4dcb
 def _check_batch(bs):

@@ -13,7 +13,7 @@ from fastcore.basics import patch, store_attr
 from fastcore.meta import delegates
 from torch import Tensor, nn
 from ..core import InputError
-from .crops import crop, random_box, squash_box, whole_pictures
+from .crops import crop, random_box, squish_box, whole_pictures
 
 # %% ../../nbs/data/16_views.ipynb #3bc9d6bf
 _YIQ = (0.299,0.587,0.114), (0.595716,-0.274453,-0.321263), (0.211456,-0.522591,0.311135)
@@ -157,11 +157,11 @@ def forward(self:Views,
 
 @patch
 def _draw_for(self:Views, pictures, aspect):
-    "Parameters in pixels of the pictures (B, 3, H, W), which are squashed to squares where they have an aspect ratio"
+    "Parameters in pixels of the pictures (B, 3, H, W), which are squished to squares where they have an aspect ratio"
     b,_,h,w = pictures.shape
     if aspect is None: return self.draw(b, h, w, pictures.device)
     p = self.draw(b, h, h*aspect, pictures.device)
-    return ViewParams(*squash_box(p[:4], aspect), *p[4:])
+    return ViewParams(*squish_box(p[:4], aspect), *p[4:])
 
 # %% ../../nbs/data/16_views.ipynb #7f940d84
 class ViewSet(nn.Module):

@@ -216,7 +216,7 @@ def attention_on_parts(
     if masks is None:
         raise InputError(f"{items.name} has no masks of the parts that matter: "
                          "of the built-in data sets only the finches have.")
-    x,good = load_images(getattr(items, split)[:n], size)
+    x,good = load_images(getattr(items, split)[:n], size, resize=items.resize)
     masks = F.interpolate((masks[good][:,None]>0).float(), size)[:,0]
     maps = [attention_maps(encoder, float_images(o), **kw) for o in x.split(64)]
     return attention_on(torch.cat(maps), masks, tolerance)

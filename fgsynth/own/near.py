@@ -12,7 +12,7 @@ from torchvision.io import decode_jpeg, encode_jpeg
 from ..core import InputError
 from ..data.decoded import load_images, load_quietly
 from ..data.check import data_command
-from ..nets.encoders import load_encoder
+from ..nets.encoders import input_format, load_encoder
 from ..evaluate.features import features
 from ..evaluate.retrieval import nearest
 from ..runs.report import read_run
@@ -33,7 +33,7 @@ def _block_features(encoder, images, block=1024):
     "Features (M, d) of those of many images that can be read, and their positions (M,)"
     zs,at = [torch.zeros(0)],[torch.zeros(0).long()]
     for i in range(0, len(images), block):
-        x,good = load_quietly(images[i:i+block], encoder.info['image_size']) # a check names what cannot be read
+        x,good = load_quietly(images[i:i+block], **input_format(encoder)) # a check names what cannot be read
         if not len(good): continue
         zs.append(features(encoder, x))
         at.append(good+i)
@@ -44,7 +44,7 @@ def _cosine_of_copies(encoder, images, at, mean, n=64):
     "What three quarters of slightly altered copies of the images at `at` reach, about a mean feature"
     some = at[torch.linspace(0, len(at)-1, min(n, len(at))).long()].tolist()
     some = images[some] if isinstance(images, torch.Tensor) else [images[i] for i in some]
-    x,_ = load_images(some, encoder.info['image_size'], progress=False)
+    x,_ = load_images(some, **input_format(encoder), progress=False)
     z,copy = [features(encoder, o)-mean for o in (x, slightly_altered(x))]
     return F.cosine_similarity(z, copy).quantile(.25).item()
 

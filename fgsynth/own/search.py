@@ -19,7 +19,7 @@ from ..data.images import decode_image, name_some, warn_unreadable, why_unreadab
 from ..data.decoded import load_quietly
 from ..data.folders import find_images, is_run
 from ..data.datasets import get_dataset
-from ..nets.encoders import load_encoder
+from ..nets.encoders import input_format, load_encoder
 from ..evaluate.features import features
 from ..runs.report import images_of_run, read_run
 from .index import ImageIndex, write_index
@@ -88,7 +88,7 @@ def _old_blocks(folder, same, size=65_536):
 # %% ../../nbs/own/01_search.ipynb #fb34e03d
 def _encode(encoder, files, bs):
     "Features of the images that can be read, and their positions among `files`"
-    x,good = load_quietly(files, encoder.info['image_size'])
+    x,good = load_quietly(files, **input_format(encoder))
     if not len(good): return None,[]
     z = features(encoder, x, bs=bs)
     if not z.isfinite().all():
@@ -159,7 +159,7 @@ def build_index(
 # %% ../../nbs/own/01_search.ipynb #a647dcfd
 def _similar(index, encoder, query, k):
     "The `k` images that are most similar to the file `query`, as (file, similarity), without itself"
-    try: x = decode_image(query, encoder.info['image_size'])
+    try: x = decode_image(query, **input_format(encoder))
     except Exception:
         raise InputError(f"The image {str(query)!r} cannot be read ({why_unreadable(query)}): "
                          f"check the path, and that it is an image file.") from None

@@ -65,7 +65,7 @@ def evaluate_run(
     "Measure a run's encoder by linear probe (100, 50, 20 % of the labels) and retrieval"
     run,s = Path(run),read_complete_run(run)
     if data is None: data,path = images_of_run(s, path)
-    items = run_items(data, path, s['size'], cache_dir or s.get('cache_dir'))
+    items = run_items(data, path, s['size'], cache_dir or s.get('cache_dir'), s.get('resize', 'crop'))
     if not rank(): _warn_of_memory(items, s['size'])
     encoder = load_encoder(run/'encoder.safetensors').to(join_processes())
     measures = evaluate(encoder, items, s['size'], seed=seed, progress=noop if rank() else print, distributed=True,

@@ -16,6 +16,7 @@ from fastcore.meta import delegates
 from fastcore.script import store_true
 from fastai.optimizer import Adam, Larc
 from ..core import InputError, check_name
+from ..data.images import RESIZES
 from ..data.crops import KEEP
 from ..data.datasets import is_data_set
 from ..methods.learner import methods, ssl_learner
@@ -113,6 +114,7 @@ class Settings:
         arch:str='resnet18', # Encoder: any classifier of torchvision or timm
         size:int=64, # Height and width of the images in pixels, 32 or more
         keep:float=KEEP, # Side of the pictures that views are cut from, as a multiple of `size`; 1: centre squares
+        resize:str='crop', # How pictures become squares: crop (their centre), or squish (the whole of them)
         bs:int=128, # Images in a batch
         method:str='mocov2', # Self-supervised method: mocov2, simsiam, simclr, byol or dino
         synth:str='both', # Pairs: none, both noises, cam, low_var, random; reconstruction, jitter, views or within
@@ -249,6 +251,7 @@ def check(self:Settings)->Settings: # Itself
     check_name(self.method, methods, 'method')
     check_name(self.schedule, ['one_cycle','cosine'], 'schedule')
     check_name(self.opt, optimizers, 'optimizer')
+    check_name(self.resize, RESIZES, 'way to resize')
     self.method_settings()
     for name,value in self.as_dict().items():
         if value is not None and (wanted := _what_is_wanted(name, value)):

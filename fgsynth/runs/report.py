@@ -153,7 +153,7 @@ def example_images(
 )->Tensor: # (n, 3, size, size) in [0, 1]
     "Some test images, or training images where there are no others"
     split = 'test' if len(items.test) else 'train'
-    try: x,_ = load_images(_evenly(getattr(items, split), n), size)
+    try: x,_ = load_images(_evenly(getattr(items, split), n), size, resize=items.resize)
     except InputError: x = _evenly(items.load(split, size)[0], n)
     return x.float().to(device)/255
 

@@ -80,13 +80,13 @@ experiments = dict(
 _measures = 'seconds top1_100 top1_50 top1_20 rank1 rank5 map rank1_gallery map_gallery'.split()
 _first = 'experiment data encoder size method synth seed epochs'.split()
 _method = 'K mask_same_image temperature opt wd teacher'.split()
-_train = 'keep bs lr schedule head_mult frozen_stages layer_decay momentum pretrained frozen_bn'.split() + _method
+_train = 'keep resize bs lr schedule head_mult frozen_stages layer_decay momentum pretrained frozen_bn'.split() + _method
 _pair = 'lam max_pairs anchor features'.split()
 _decoder = ('pretrain_epochs pretrain_bs update decoder_lr '
             'decoder_width decoder_grid decoder_draw decoder_layer beta').split()
 _noise = 'sigma_cam sigma_var tau target norm absolute distance augment residual'.split()
 _curves = 'knn feat_std rec_loss pair_diff decoded_top1'.split()
-_about = 'preset commit machine torch'.split()
+_about = 'preset budget commit machine torch'.split()
 run_columns = _first + _measures + _train + _pair + _decoder + _noise + ['split'] + _curves + _about
 
 # %% ../../nbs/runs/07_table.ipynb #39d8fbfd
@@ -176,6 +176,7 @@ def _read_text(path):
         if c not in df: df[c] = _as_text(default[c])
     if 'pretrain_bs' not in df and 'pretrain_epochs' in df:
         df['pretrain_bs'] = df.bs.where(df.pretrain_epochs!='', '')
+    if 'budget' not in df: df['budget'] = ''
     missing = [c for c in run_columns if c not in df and default.get(c, '') is not None]
     if missing:
         raise InputError(f"{str(path)!r} lacks the columns {', '.join(missing)}: "
@@ -243,7 +244,7 @@ def run_missing(
     for i,s in enumerate(missing, 1):
         if len(find_runs(read_runs(out), s, split)): continue # somebody else has run it meanwhile
         if items is None:
-            items = run_items(data or s.data, s.path, s.size)
+            items = run_items(data or s.data, s.path, s.size, resize=s.resize)
             if split=='validation': items = hold_out(items)
         start = time.time()
         row = measure_run(s, items, split)
@@ -274,7 +275,7 @@ def shake_runs(
 # %% ../../nbs/runs/07_table.ipynb #ac465ec0
 def _shake_run(s):
     "The shake test of one run"
-    items = run_items(s.data, s.path, s.size)
+    items = run_items(s.data, s.path, s.size, resize=s.resize)
     learn = make_learner(items, s, 'random'); learn.remove_cb(ProgressCallback)
     df = shake_test(learn, items, s.pretrain_epochs, s.epochs, s.lr*s.head_mult, s.seed)
     return df.assign(data=s.data, seed=s.seed, encoder=s.arch, size=s.size, preset=s.preset, commit=code_commit())

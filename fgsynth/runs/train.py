@@ -35,10 +35,13 @@ def run_items(
     path, # Where the data set lies
     size:int, # Side of the images in pixels
     cache_dir=None, # Folder that keeps decoded images
+    resize:str='crop', # How pictures become squares, one of `RESIZES`
 ): # `Items`
     "The images of a run"
     if data=='finches' and path is None: return get_dataset('finches', size=size)
-    return get_dataset(data, path, cache_dir)
+    items = get_dataset(data, path, cache_dir)
+    items.resize = resize
+    return items
 
 # %% ../../nbs/runs/04_train.ipynb #0b384db6
 def make_learner(
@@ -109,7 +112,7 @@ def _moved(old, new):
     return old==new or os.path.basename(old)==os.path.basename(new) and not os.path.exists(old)
 
 # %% ../../nbs/runs/04_train.ipynb #5387063d
-_added = dict(keep=1., K=None, mask_same_image=False, temperature=None, opt='sgd', wd=1e-4, teacher=False,
+_added = dict(keep=1., resize='crop', K=None, mask_same_image=False, temperature=None, opt='sgd', wd=1e-4, teacher=False,
               pretrain_bs=16)
 
 # %% ../../nbs/runs/04_train.ipynb #afd34dac
@@ -280,7 +283,7 @@ def train(*,
     s = Settings.from_preset(**kwargs).check().located()
     parse_every(save_every)
     own_device()
-    items = run_items(s.data, s.path, s.size, s.cache_dir)
+    items = run_items(s.data, s.path, s.size, s.cache_dir, s.resize)
     if dry_run: return print(estimate(items, s))
     out,facts,first = Path(out),run_facts(items, s),not rank_distrib() # of several processes the first one writes
     if first: check_run_folder(out, overwrite, resume)
