@@ -1,5 +1,5 @@
 """Does the gain hold on other images? One recipe of pairs on three data sets, each with a base that was made strong on
-held-out images: its learning rate, length and frozen stages stand in benchmarks/gtsrb.toml, finches.toml, cars98.toml.
+held-out images: its learning rate, length and frozen stages stand in benchmarks/general.
 
   python benchmarks/general.py gtsrb --path ../shared/data/gtsrb
   python benchmarks/general.py finches
@@ -29,7 +29,7 @@ def epochs_in_time(out, moco, pairs, split):
 
 @call_parse
 def main(
-    called:str, # Data set: gtsrb, finches or cars98, or the name of your own preset in benchmarks/
+    called:str, # Data set: gtsrb, finches or cars98, or the name of your own preset in benchmarks/general
     data:str=None, # Folder of its images, where it has no name of its own
     path:str=None, # Where the data set lies
     seeds:int=5, # Runs of each configuration
@@ -37,7 +37,7 @@ def main(
     out:str='results/runs.csv', # File to add rows to
     validation:store_true=False, # On a third of the training images, held out by group
 ):
-    preset = root/'benchmarks'/f'{called}.toml'
+    preset = root/'benchmarks/general'/f'{called}.toml'
     if not preset.is_file():
         raise InputError(f"There is no {str(preset)!r}: write the settings of the base there, as in cars98.toml.")
     out,split = Path(out),'validation' if validation else 'test'
