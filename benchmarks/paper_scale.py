@@ -38,6 +38,7 @@ def main(
     called:str='cars98', # What the rows call it
     path:str=None, # Where the data set lies
     size:int=224, # Of the images, pixels
+    resize:str='squish', # How they become squares: squish (cars fill the width), or crop, the centre
     epochs:int=30, # Of each training; the paper takes 100
     pretrain_epochs:int=100, # Of the decoder; the paper takes 200
     bs:int=128, # Images in a batch
@@ -50,9 +51,9 @@ def main(
     if not torch.cuda.is_available() and size>=224 and not dry_run:
         raise InputError("There is no GPU, and without one this takes days: "
                          "give --dry_run for an estimate, or a --size of 64.")
-    common = dict(arch='lite0', pretrained=True, size=size, bs=bs, seed=seed, precision=precision,
+    common = dict(arch='lite0', pretrained=True, size=size, resize=resize, bs=bs, seed=seed, precision=precision,
                   epochs=epochs, pretrain_epochs=pretrain_epochs)
-    items = run_items(data, path, size)
+    items = run_items(data, path, size, resize=resize)
     for name,changes in recipes.items():
         s = Settings.from_preset('paper', **{**common, **changes, 'data':data, 'path':path})
         if dry_run:

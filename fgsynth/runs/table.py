@@ -244,8 +244,9 @@ def run_missing(
     for i,s in enumerate(missing, 1):
         if len(find_runs(read_runs(out), s, split)): continue # somebody else has run it meanwhile
         if items is None:
-            items = run_items(data or s.data, s.path, s.size, resize=s.resize)
+            items = run_items(data or s.data, s.path, s.size)
             if split=='validation': items = hold_out(items)
+        items.resize = s.resize
         start = time.time()
         row = measure_run(s, items, split)
         append_run(out, dict(row, **about))
