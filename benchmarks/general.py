@@ -5,9 +5,9 @@ held-out images: its learning rate, length and frozen stages stand in benchmarks
   python benchmarks/general.py finches
   python benchmarks/general.py cars98 --data ../shared/data/cars98
 
-For each seed: the start, MoCo v2, the whole image in other colours without a decoder, synthesized pairs, and MoCo v2 for
-as many epochs as take the seconds of the pairs. The first seed settles how many those are. The rows of
-results/runs.csv that are there already are not run again, so the same command goes on where it was stopped.
+For each seed: the start, MoCo v2, synthesized pairs, and MoCo v2 for as many epochs as take the seconds of the pairs; the
+first seed settles how many those are. Then, for each seed, the whole image in other colours without a decoder. The rows
+of results/runs.csv that are there already are not run again, so the same command goes on where it was stopped.
 """
 from pathlib import Path
 from fastcore.script import call_parse, store_true
@@ -41,12 +41,13 @@ def main(
     if not preset.is_file():
         raise InputError(f"There is no {str(preset)!r}: write the settings of the base there, as in cars98.toml.")
     out,split = Path(out),'validation' if validation else 'test'
-    for seed in range(first_seed, first_seed+seeds):
-        def row(budget, **changes):
-            s = Settings.from_preset(str(preset), data=called, path=path, seed=seed, **changes)
-            run_missing([s], out, split, data, experiment='general', preset=called, budget=budget)
-            return s
-        row('', synth='none', epochs=0)
-        moco,pairs = row('epochs', synth='none'),row('epochs', synth='both')
-        row('seconds', synth='none', epochs=epochs_in_time(out, moco, pairs, split))
-        row('epochs', synth='jitter')
+    def row(seed, budget, **changes):
+        s = Settings.from_preset(str(preset), data=called, path=path, seed=seed, **changes)
+        run_missing([s], out, split, data, experiment='general', preset=called, budget=budget)
+        return s
+    chosen = range(first_seed, first_seed+seeds)
+    for seed in chosen:
+        row(seed, '', synth='none', epochs=0)
+        moco,pairs = row(seed, 'epochs', synth='none'),row(seed, 'epochs', synth='both')
+        row(seed, 'seconds', synth='none', epochs=epochs_in_time(out, moco, pairs, split))
+    for seed in chosen: row(seed, 'epochs', synth='jitter')

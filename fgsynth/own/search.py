@@ -180,15 +180,15 @@ def _captions(query, found):
     return [(query,'query'), *[(f,f'{rank}: {s:.3f}\n{short(f)}') for rank,(f,s) in enumerate(found, 1)]]
 
 # %% ../../nbs/own/01_search.ipynb #1f91dff3
-def _draw(query, found, out, side=128, cols=6):
-    "The query and what was found, as a picture"
+def _draw(query, found, out, resize, side=128, cols=6):
+    "The query and what was found, as a picture of what the encoder saw"
     shown = _captions(query, found)
     rows = -(-len(shown)//cols)
     cols = -(-len(shown)//rows)
     fig,axs = plt.subplots(rows, cols, figsize=(1.7*cols, 2.1*rows), squeeze=False)
     for ax in axs.flat: ax.axis('off')
     for ax,(file,title) in zip(axs.flat, shown):
-        ax.imshow(decode_image(file, side).permute(1,2,0))
+        ax.imshow(decode_image(file, side, resize).permute(1,2,0))
         ax.set_title(title, fontsize=7, parse_math=False)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore') # letters that the font lacks
@@ -219,11 +219,12 @@ def search_run(
         raise InputError(f"There are no {k} nearest images: choose --k 1 or more.")
     ix,out = build_index(run, data, path, index),Path(out or Path(run)/'search.png')
     _check_picture(out, ix.root)
-    found = _similar(ix, load_encoder(Path(run)/'encoder.safetensors'), query, k)
+    encoder = load_encoder(Path(run)/'encoder.safetensors')
+    found = _similar(ix, encoder, query, k)
     _print_found(found, ix.root)
     with writing_to('picture', out, 'file with --out'):
         out.parent.mkdir(parents=True, exist_ok=True)
-        _draw(query, found, out)
+        _draw(query, found, out, input_format(encoder)['resize'])
     print(f'Wrote {out}')
     return found
 
