@@ -5,7 +5,7 @@ held-out images: its learning rate, length and frozen stages stand in benchmarks
   python benchmarks/general.py finches
   python benchmarks/general.py cars98 --data ../shared/data/cars98
 
-For each seed: the start, MoCo v2, synthesized pairs, and MoCo v2 for as many epochs as take the seconds of the pairs; the
+For each seed: the start, MoCo v2, synthesized pairs, and MoCo v2 for as many epochs as take the time of the pairs; the
 first seed settles how many those are. Then, for each seed, the whole image in other colours without a decoder. The rows
 of results/runs.csv that are there already are not run again, so the same command goes on where it was stopped.
 """
@@ -17,8 +17,8 @@ from fgsynth.runs.table import find_runs, read_runs, run_missing
 from common import root
 
 def seconds_of(out, s, split):
-    "Mean seconds of the runs of one configuration, whatever their seed"
-    return find_runs(read_runs(out), s.changed(seed=None), split).seconds.mean()
+    "Mean processor seconds of the runs of one configuration, whatever their seed"
+    return find_runs(read_runs(out), s.changed(seed=None), split).cpu_seconds.mean()
 
 def epochs_in_time(out, moco, pairs, split):
     "Epochs of MoCo v2 that take the seconds of a run with pairs: as earlier seeds had them, or by the rows so far"

@@ -28,9 +28,11 @@ def runs(trial, tmp_path_factory):
 def test_rows_of_an_experiment_are_by_seed_and_whole(runs):
     assert [list(runs.synth), list(runs.seed)]==[['none','cam']*2, ['0','0','1','1']]
     assert list(runs.columns)==run_columns
-    measures = 'seconds top1_100 top1_50 top1_20 rank1 rank5 map rank1_gallery map_gallery knn feat_std'.split()
+    measures = ('seconds cpu_seconds top1_100 top1_50 top1_20 rank1 rank5 map '
+                'rank1_gallery map_gallery knn feat_std').split()
     assert runs[measures].notna().all(None)
     assert list(runs.decoded_top1.notna())==[False,True]*2
+    assert (runs.cpu_seconds>.01).all()
 
 def test_a_row_is_that_of_the_same_run_by_hand(runs, items):
     s = Settings.from_preset('smoke', data='finches', synth='none', seed=1)
@@ -42,7 +44,8 @@ def test_a_row_is_that_of_the_same_run_by_hand(runs, items):
 def test_a_file_that_is_older_than_a_setting(runs, tmp_path):
     "Its runs had the default, and the next row brings the column"
     old = tmp_path/'runs.csv'
-    runs.iloc[:3].drop(columns=['decoder_draw','decoder_grid','schedule','layer_decay']).to_csv(old, index=False)
+    later = ['decoder_draw','decoder_grid','schedule','layer_decay','resize','budget','cpu_seconds']
+    runs.iloc[:3].drop(columns=later).to_csv(old, index=False)
     smoke = Settings.from_preset('smoke', data='finches', synth='cam', seed=0)
     assert len(find_runs(read_runs(old), smoke))==1
     again = table('trial', data='finches', seeds=2, preset='smoke', out=old)

@@ -77,10 +77,11 @@ experiments = dict(
 )
 
 # %% ../../nbs/runs/07_table.ipynb #f0ab71c8
-_measures = 'seconds top1_100 top1_50 top1_20 rank1 rank5 map rank1_gallery map_gallery'.split()
+_measures = 'seconds cpu_seconds top1_100 top1_50 top1_20 rank1 rank5 map rank1_gallery map_gallery'.split()
 _first = 'experiment data encoder size method synth seed epochs'.split()
 _method = 'K mask_same_image temperature opt wd teacher'.split()
-_train = 'keep resize bs lr schedule head_mult frozen_stages layer_decay momentum pretrained frozen_bn'.split() + _method
+_train = ('keep resize bs lr schedule head_mult frozen_stages '
+          'layer_decay momentum pretrained frozen_bn').split() + _method
 _pair = 'lam max_pairs anchor features'.split()
 _decoder = ('pretrain_epochs pretrain_bs update decoder_lr '
             'decoder_width decoder_grid decoder_draw decoder_layer beta').split()
@@ -132,21 +133,24 @@ def code_commit()->str: # '' where the code is not under git
 
 # %% ../../nbs/runs/07_table.ipynb #4bcede36
 _kept_decoders = {} # one at most
-_same_decoder = ('data encoder size seed bs pretrained split pretrain_epochs pretrain_bs '
+_same_decoder = ('data encoder size resize seed bs pretrained split pretrain_epochs pretrain_bs '
                  'decoder_width decoder_grid decoder_draw decoder_layer').split()
 
+def _clock(): return np.array([time.perf_counter(), time.process_time()])
+
 def _pretrain_or_share(learn, s, split):
-    "Seconds that the decoder's pre-training takes, or took when another run needed the same"
-    if not needs_pretraining(learn, s.pretrain_epochs): return 0.
+    "Seconds that the decoder's pre-training takes, or took when another run needed the same, as `_clock` counts"
+    if not needs_pretraining(learn, s.pretrain_epochs): return np.zeros(2)
     decoder,settings = get_model(learn.model).decoder,row_key(s, split)
     key = tuple(settings[k] for k in _same_decoder)
     if key not in _kept_decoders:
-        with learn.no_logging(): seconds = pretrain_where_needed(learn, s.pretrain_epochs, bs=s.pretrain_bs)
+        start = _clock()
+        with learn.no_logging(): pretrain_where_needed(learn, s.pretrain_epochs, bs=s.pretrain_bs)
         _kept_decoders.clear()
-        _kept_decoders[key] = {k:v.clone() for k,v in decoder.state_dict().items()},seconds
-    state,seconds = _kept_decoders[key]
+        _kept_decoders[key] = {k:v.clone() for k,v in decoder.state_dict().items()},_clock()-start
+    state,spent = _kept_decoders[key]
     decoder.load_state_dict(state)
-    return seconds
+    return spent
 
 # %% ../../nbs/runs/07_table.ipynb #c0278605
 def measure_run(
@@ -157,13 +161,17 @@ def measure_run(
     "Train and measure one run"
     learn,last = make_learner(items, s),{}
     learn.remove_cb(ProgressCallback)
-    net,seconds = get_model(learn.model),_pretrain_or_share(learn, s, split)
+    net,spent = get_model(learn.model),_pretrain_or_share(learn, s, split)
     if s.epochs:
-        with learn.no_logging(): seconds += fit_run(learn, s)
+        start = _clock()
+        with learn.no_logging(): fit_run(learn, s)
+        spent = spent + _clock()-start
         last = {k:v[-1] for k,v in history(learn).items()}
+    curves = {k:last.get(k) for k in ('feat_std','rec_loss','pair_diff')}
     measures = evaluate(kept_encoder(learn, s), items, s.size, seed=s.seed, decoder=getattr(net, 'decoder', None))
-    return dict(row_key(s, split), seconds=seconds, **{k:last.get(k) for k in ('feat_std','rec_loss','pair_diff')},
-                **measures, commit=code_commit(), machine=machine_name(), torch=torch.__version__)
+    seconds,cpu_seconds = spent.tolist()
+    return dict(row_key(s, split), seconds=seconds, cpu_seconds=cpu_seconds, **curves, **measures,
+                commit=code_commit(), machine=machine_name(), torch=torch.__version__)
 
 # %% ../../nbs/runs/07_table.ipynb #53099fed
 _before = dict(keep=1.) # how runs were before there was the setting, where that is not the default
@@ -176,7 +184,8 @@ def _read_text(path):
         if c not in df: df[c] = _as_text(default[c])
     if 'pretrain_bs' not in df and 'pretrain_epochs' in df:
         df['pretrain_bs'] = df.bs.where(df.pretrain_epochs!='', '')
-    if 'budget' not in df: df['budget'] = ''
+    for c in 'budget','cpu_seconds':
+        if c not in df: df[c] = ''
     missing = [c for c in run_columns if c not in df and default.get(c, '') is not None]
     if missing:
         raise InputError(f"{str(path)!r} lacks the columns {', '.join(missing)}: "

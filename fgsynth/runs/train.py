@@ -112,8 +112,8 @@ def _moved(old, new):
     return old==new or os.path.basename(old)==os.path.basename(new) and not os.path.exists(old)
 
 # %% ../../nbs/runs/04_train.ipynb #5387063d
-_added = dict(keep=1., resize='crop', K=None, mask_same_image=False, temperature=None, opt='sgd', wd=1e-4, teacher=False,
-              pretrain_bs=16)
+_added = dict(keep=1., resize='crop', K=None, mask_same_image=False, temperature=None, opt='sgd', wd=1e-4,
+              teacher=False, pretrain_bs=16)
 
 # %% ../../nbs/runs/04_train.ipynb #afd34dac
 def run_to_resume(
