@@ -11,8 +11,8 @@ from functools import partial
 from dataclasses import dataclass
 from fastcore.basics import ifnone, patch
 from fastcore.foundation import L
-from ..core import InputError
-from .images import name_some
+from ..core import InputError, check_name
+from .images import RESIZES, name_some
 from .decoded import load_images, load_whole
 
 # %% ../../nbs/data/07_items.ipynb #dec54f15
@@ -84,6 +84,7 @@ class Items:
     about:str='' # How a folder was understood, in a sentence
 
     def __post_init__(self):
+        check_name(self.resize, RESIZES, 'way to resize')
         self.name,self.classes = class_name(self.name),[class_name(o) for o in ifnone(self.classes, ())]
         self.train_labels,self.test_labels = [self.labels(o) for o in ('train','test')]
         known = [y.max().item() for y in (self.train_labels, self.test_labels) if y is not None and len(y)]
