@@ -1,5 +1,6 @@
 "Whole pictures: every view is cut out of a picture of any shape that is larger than the view"
 import copy, math, pickle
+from functools import partial
 import numpy as np, pytest, torch
 import torchvision.transforms.functional as TF
 from fastai.vision.all import L, TensorImage
@@ -7,6 +8,7 @@ from PIL import Image
 from torchvision.transforms import CenterCrop, InterpolationMode, RandomResizedCrop, Resize
 from fgsynth.core import InputError
 from fgsynth.data.crops import crop, cut_images, kept_side, random_box, squish_box
+from fgsynth.data.decoded import load_images
 from fgsynth.data.images import decode_image, decode_whole
 from fgsynth.data.datasets import get_dataset
 from fgsynth.data.items import Items, hold_out, sample_items
@@ -85,8 +87,9 @@ def test_parts_of_a_data_set_are_resized_as_the_whole():
     assert {hold_out(items).resize, sample_items(items, 4, 4, 0, 'some').resize}=={'squish'}
 
 def test_a_way_to_resize_that_there_is_not(items):
-    with pytest.raises(InputError, match="way to resize 'squash'.*squish"):
-        Items('x', items.train, items.test, resize='squash').load('train', 32)
+    wrong = partial(pytest.raises, InputError, match="way to resize 'squash'.*squish")
+    with wrong(): Items('x', items.train, items.test, resize='squash')
+    with wrong(): load_images(items.train, 32, resize='squash')
     with pytest.raises(InputError, match='way to resize'): Settings(resize='stretch').check()
 
 def test_evaluation_is_resize_and_centre_crop_of_the_file(folder):

@@ -68,12 +68,12 @@ def decode_image(
     resize:str='crop', # One of `RESIZES`: keep the centre square, or squish the whole picture
 )->torch.Tensor: # torch.uint8 (3, size, size)
     "One image file as a square, upright, in RGB"
+    if resize=='squish': return decode_whole(path, size)[0]
     im = _open_rgb(path, size)
     w,h = im.size
     side = min(w,h)
     left,top = (w-side)//2,(h-side)//2
-    box = (left,top,left+side,top+side) if resize=='crop' else None
-    return _to_tensor(im.resize((size,size), Image.BICUBIC, box=box))
+    return _to_tensor(im.resize((size,size), Image.BICUBIC, box=(left,top,left+side,top+side)))
 
 # %% ../../nbs/data/05_images.ipynb #14262e60
 def decode_whole(

@@ -123,7 +123,7 @@ def load(self:Items,
 )->tuple: # As `load_images`, or `load_whole`
     "`load_images` of one split, or `load_whole`, kept for the next call"
     images,kept = getattr(self, split),self.__dict__.setdefault('_kept', {})
-    key = split,whole,self.resize
+    key = split,'whole' if whole else self.resize
     if key not in kept or kept[key][0] is not images or kept[key][1]!=size:
         read = load_whole if whole else partial(load_images, resize=self.resize)
         kept[key] = images,size,read(images, size, num_workers, cache_dir=self.cache_dir)

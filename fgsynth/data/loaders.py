@@ -172,8 +172,7 @@ def _image_ds(items, split, chosen, size, keep, cache, num_workers, labels=None)
         rows = torch.isin(readable, chosen).nonzero()[:,0]
         ix = readable[rows]
     y,vocab = (ix,None) if labels is None else (TensorCategory(labels[ix]), list(items.classes))
-    aspect = aspect[0] if aspect else None
-    return ImageDS(images, rows, y, size, cached, vocab, side, aspect, items.resize)
+    return ImageDS(images, rows, y, size, cached, vocab, side, *aspect, resize=items.resize)
 
 # %% ../../nbs/data/17_loaders.ipynb #0eda4dcb
 def _check_batch(bs):
