@@ -43,6 +43,8 @@ from .methods.simsiam import *
 from .methods.simclr import *
 from .methods.byol import *
 from .methods.dino import *
+from .methods.nnclr import *
+from .methods.mean_shift import *
 from .methods.health import *
 from .methods.state import *
 from .methods.learner import *

@@ -5,6 +5,7 @@ import torch, torch.distributed as dist
 from fastai.basics import *
 from fastai.callback.tracker import EarlyStoppingCallback
 from fastai.distributed import *
+from training import small_methods
 from torch import nn
 from fgsynth.core import InputError
 from fgsynth.data.items import Items
@@ -16,9 +17,10 @@ from fgsynth.data.drawing import draw_finches
 from fgsynth.nets.networks import Encoder
 from fgsynth.nets.heads import MLPHead
 from fgsynth.nets.saliency import Saliency
-from fgsynth.methods.learner import methods
 from fgsynth.methods.mocov2 import MoCoModel, MoCoV2
 from fgsynth.methods.simsiam import SimSiam, SimSiamModel
+from fgsynth.methods.nnclr import NNCLR, NNCLRModel
+from fgsynth.methods.mean_shift import MeanShift, MeanShiftModel
 from fgsynth.methods.base import SSLMethod
 from fgsynth.methods.learner import ssl_learner
 from fgsynth.synth.callbacks import synth_pairs
@@ -78,7 +80,9 @@ def alike(out):
     res = {}
     kinds = dict(mocov2=lambda: MoCoV2(K=96, momentum=.9, views=two),
                  contrast=lambda: Contrast(views=two),
-                 simsiam=lambda: Smooth(views=two))
+                 simsiam=lambda: Smooth(views=two),
+                 nnclr=lambda: SmoothNNCLR(views=two),
+                 mean_shift=lambda: SmoothMeanShift(momentum=.9, views=two))
     runs = [(n,m,as_written) for n,m in kinds.items()]
     runs += [(f'{n}, defaults', kinds[n], no_noise) for n in ('mocov2','contrast')]
     runs += [('mocov2 alone', kinds['mocov2'], None)]
@@ -102,6 +106,14 @@ class Smooth(SimSiam):
     def build(self, encoder, dls):
         return SimSiamModel(encoder, MLPHead(128, 64, 64), MLPHead(64, 16, 64))
 
+class SmoothNNCLR(NNCLR):
+    "And NNCLR"
+    def build(self, encoder, dls): return NNCLRModel(encoder, MLPHead(128, 64, 16), MLPHead(16, 32, 16), 16, 96)
+
+class SmoothMeanShift(MeanShift):
+    "And mean shift"
+    def build(self, encoder, dls): return MeanShiftModel(encoder, MLPHead(128, 64, 16), MLPHead(16, 32, 16), 16, 96)
+
 def everything():
     "All methods on real views, with images that do not come out even"
     if world_size>1: # make the group
@@ -119,10 +131,9 @@ def everything():
             keys = m.train(training)(x, x)[1]
             unshuffled = m.key_projector(m.key_encoder(x))
             assert torch.allclose(keys, unshuffled, atol=1e-5)!=(shuffled and not frozen and training)
-    sizes = dict(dino=dict(hidden=32, dim=16, n_local=2), byol=dict(hidden=32, dim=16))
-    for name in sorted(methods):
+    for name in sorted(small_methods):
         for bn in (False,True) if name=='mocov2' else (True,):
-            learn = train(methods[name](**sizes.get(name, dict(dim=32))), 50, 8, 2, bn=bn)
+            learn = train(small_methods[name](), 50, 8, 2, bn=bn)
             assert same_everywhere(learn, 'running_', 'num_batches'), name
             assert not gather(torch.rand(3)).view(world(), 3).diff(dim=0).eq(0).any(), 'every process drew the same'
             assert len(learn.recorder.losses)==2*(-(-50//world())//8), learn.recorder.losses

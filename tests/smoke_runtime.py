@@ -30,7 +30,7 @@ def main():
           f'fastai {fastai.__version__}, fastcore {fastcore.__version__}')
     set_seed(0)
     items = get_dataset('finches', n_train=256, n_test=128, size=32)
-    for method in (MoCoV2(), SimSiam(), SimCLR(), BYOL(), DINO(n_local=1)):
+    for method in map(get_method, methods):
         dls = ssl_dls(items, size=32, bs=32)
         learn = ssl_learner(dls, 'resnet18', method, cbs=synth_pairs())
         learn.pretrain_decoder(1)

@@ -1,4 +1,4 @@
-"The five methods: each against its own implementation in float64, and what their models keep"
+"The methods: each against its own implementation in float64, and what their models keep"
 import inspect, math, warnings
 from copy import deepcopy
 from types import SimpleNamespace
@@ -16,14 +16,16 @@ from fgsynth.nets.heads import MLPHead
 from fgsynth.nets.losses import info_nce
 from fgsynth.nets.saliency import Saliency, saliency_for_pictures
 from fgsynth.methods.base import SSLMethod, SSLModel, batch_stats_only
-from fgsynth.methods.mocov2 import MoCoModel, MoCoV2
+from fgsynth.methods.mocov2 import MoCoModel, MoCoV2, QueueModel
 from fgsynth.methods.simsiam import SimSiam, SimSiamModel
 from fgsynth.methods.simclr import SimCLR
 from fgsynth.methods.byol import BYOL
 from fgsynth.methods.dino import DINO
+from fgsynth.methods.nnclr import NNCLR
+from fgsynth.methods.mean_shift import MeanShift
 from fgsynth.methods.learner import ssl_learner
 from fgsynth.synth.callbacks import synth_pairs
-from training import KeepViews, close, move, next_losses, quietly, replay, small, unit
+from training import KeepViews, close, move, next_losses, quietly, replay, small, small_methods, unit
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 
@@ -36,9 +38,6 @@ def dls(items): return ssl_dls(items, size=32, bs=64)
 class Contrast(SSLMethod):
     "The base class, which says how its loss is explained"
     def saliency(self): return Saliency(self.net.projector, kind='in_batch', temperature=self.temperature)
-
-tiny = dict(mocov2=lambda: MoCoV2(K=128), simsiam=lambda: SimSiam(64,16), simclr=lambda: SimCLR(),
-            byol=lambda: BYOL(hidden=64, dim=16), dino=lambda: DINO(K=32, n_local=1, hidden=64, dim=16))
 
 # the base class
 
@@ -213,12 +212,71 @@ def test_dino(dls):
     assert close(learn.model.centre[0], state['c'], 1e-4)
     assert same_weights(learn, ref, 'encoder', 'key_encoder')
 
-@pytest.mark.parametrize('name', tiny)
+def nearest(memory, z, i, k):
+    "The rows of `memory`, pairs of an index and a row, that are most like `z` and not of image `i`"
+    return sorted([r for j,r in memory if j!=i], key=lambda r: -float(r@z))[:k]
+
+def test_nnclr(dls):
+    "After the pseudocode of the paper, image by image; the memory is a list that forgets the images of itself"
+    learn,ref,seen = kept(dls, NNCLR(K=128, hidden=64, predictor_hidden=32, dim=16, temperature=.3))
+    memory,ids,steps = [],learn.keep_views.ids,iter(range(len(seen)))
+    def loss_of(*views):
+        i = ids[next(steps)].tolist()
+        z1,z2 = [ref.projector(ref.encoder(v)) for v in views]
+        p1,p2 = [unit(ref.predictor(z)) for z in (z1, z2)]
+        def one_way(z, p):
+            near = [(nearest(memory, r, j, 1) or [r])[0] for j,r in zip(i, unit(z).detach())]
+            sims = (torch.stack(near)@p.T/.3).exp()
+            return -(sims.diag()/sims.sum(1)).log().mean()
+        loss = (one_way(z1, p2) + one_way(z2, p1))/2
+        memory.extend(zip(i, unit(z1).detach())); del memory[:-128]
+        return loss
+    trained = [p for m in (ref.encoder, ref.projector, ref.predictor) for p in m.parameters()]
+    assert close([s[-1] for s in seen], replay(seen, trained, loss_of), 1e-3)
+    assert same_weights(learn, ref, 'encoder')
+
+def test_mean_shift(dls):
+    "After the paper's Eq. 1, image by image: the target itself and what is nearest to it"
+    learn,ref,seen = kept(dls, MeanShift(K=128, k=3, momentum=.9, hidden=64, dim=16))
+    memory,ids,steps = [],learn.keep_views.ids,iter(range(len(seen)))
+    def loss_of(v1, v2):
+        i,p = ids[next(steps)].tolist(),unit(ref.predictor(ref.projector(ref.encoder(v1))))
+        with torch.no_grad(): t = unit(ref.key_projector(ref.key_encoder(v2)))
+        loss = 0
+        for j,a,b in zip(i, p, t):
+            near = torch.stack([b, *nearest(memory, b, j, 2)])
+            loss = loss + (a-near).pow(2).sum(1).mean()/len(p)
+        memory.extend(zip(i, t)); del memory[:-128]
+        return loss
+    def after_step(i):
+        for n in 'encoder','projector': move(getattr(ref, f'key_{n}'), getattr(ref, n), .9)
+    trained = [p for m in (ref.encoder, ref.projector, ref.predictor) for p in m.parameters()]
+    assert close([s[-1] for s in seen], replay(seen, trained, loss_of, after_step), 1e-3)
+    assert same_weights(learn, ref, 'encoder', 'key_encoder')
+
+@pytest.mark.parametrize('method', [NNCLR(hidden=64, predictor_hidden=32, dim=16), MeanShift(hidden=64, dim=16)])
+def test_neighbours_in_bfloat16_and_of_a_batch_without_indices(dls, method):
+    "Losses are float32; what was seen has no index where nobody knows the batch"
+    learn = ssl_learner(dls, small(), method); m = learn.model
+    m.enqueue(torch.randn(40,16), torch.arange(40))
+    with torch.autocast('cpu', torch.bfloat16): loss = learn.ssl.loss(*m(*torch.rand(2,8,3,32,32)))
+    assert loss.dtype==torch.float32 and loss.isfinite()
+
+def test_purity_by_loops():
+    m = QueueModel(nn.Identity(), nn.Identity()); m.add_queue(32, 4)
+    m.enqueue(torch.randn(20,4), torch.arange(20)%12); y = torch.randint(0, 3, (12,))
+    own,rows,same = m.queue_ids[:20].tolist(),m.queue[:20].double(),[]
+    for i,a in zip(own, rows):
+        near = sorted([j for j in range(20) if own[j]!=i], key=lambda j: -float(a@rows[j]))[:3]
+        same += [int(y[own[j]]==y[i]) for j in near]
+    assert close(m.purity(y, k=3), sum(same)/len(same), 1e-6)
+
+@pytest.mark.parametrize('name', small_methods)
 def test_nothing_is_lost_by_saving(dls, tmp_path, name):
     "Saved and loaded, queue, target and centre included, the next losses are the same to the bit"
     set_seed(3)
-    a = quietly(ssl_learner(dls, small(), tiny[name](), path=tmp_path)); a.save('half_way')
-    b = ssl_learner(dls, small(), tiny[name](), path=tmp_path); b.create_opt(); b.load('half_way')
+    a = quietly(ssl_learner(dls, small(), small_methods[name](), path=tmp_path)); a.save('half_way')
+    b = ssl_learner(dls, small(), small_methods[name](), path=tmp_path); b.create_opt(); b.load('half_way')
     assert next_losses(a)==next_losses(b)
 
 # MoCo v2

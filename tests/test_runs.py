@@ -57,14 +57,17 @@ def test_the_papers_settings_name_their_place(paper):
     assert '0.05 in appendix B.1' in read_preset('paper_simsiam').sources['lr']
 
 @pytest.mark.parametrize('method,given', [('mocov2',dict(K=64, temperature=.07, mask_same_image=True)),
-    ('simclr',dict(temperature=.5)), ('dino',dict(K=32, temperature=.2))])
+    ('simclr',dict(temperature=.5)), ('dino',dict(K=32, temperature=.2)), ('nnclr',dict(K=64, temperature=.2)),
+    ('mean_shift',dict(K=64))])
 def test_settings_reach_the_method(method, given, flock):
     learn = make_learner(flock, Settings.from_preset('smoke', method=method, synth='none', **given).check())
     assert {k:getattr(learn.ssl, k) for k in given}==given
-    assert learn.ssl.momentum==.99 if method=='mocov2' else learn.ssl.momentum==.996 if method=='dino' else True
+    usual = dict(mocov2=.99, dino=.996, mean_shift=.99)
+    assert getattr(learn.ssl, 'momentum', None)==usual.get(method)
 
 @pytest.mark.parametrize('method,name,value', [('simsiam','temperature',.1), ('byol','temperature',.1), ('byol','K',64),
-    ('simclr','K',64), ('simsiam','K',64), ('dino','mask_same_image',True), ('simclr','mask_same_image',True)])
+    ('simclr','K',64), ('simsiam','K',64), ('dino','mask_same_image',True), ('simclr','mask_same_image',True),
+    ('nnclr','mask_same_image',True), ('mean_shift','temperature',.1)])
 def test_a_setting_that_a_method_does_not_have_is_refused(method, name, value):
     with pytest.raises(InputError, match=f'leave out --{name}'): Settings(method=method, **{name:value}).check()
 

@@ -10,6 +10,7 @@ from fastcore.test import is_close
 from fastai.torch_core import set_seed
 from safetensors.torch import save_file
 from torch import nn
+from training import small_methods
 from fgsynth.core import InputError
 from fgsynth.data.datasets import get_dataset
 from fgsynth.data.loaders import ssl_dls
@@ -18,9 +19,7 @@ from fgsynth.nets.decoder import Decoder
 from fgsynth.nets.networks import Encoder
 from fgsynth.nets.heads import MLPHead
 from fgsynth.nets.saliency import Saliency
-from fgsynth.methods.byol import BYOL
-from fgsynth.methods.dino import DINO
-from fgsynth.methods.learner import methods, ssl_learner
+from fgsynth.methods.learner import ssl_learner
 from fgsynth.methods.mocov2 import MoCoV2
 from fgsynth.methods.simclr import SimCLR
 from fgsynth.methods.simsiam import SimSiam
@@ -28,8 +27,7 @@ from fgsynth.synth.callbacks import DecoderCallback, PerturbCallback, synth_pair
 from fgsynth.synth.perturb import min_max
 from fgsynth.synth.synthesizer import Synthesizer
 
-few = dict(mocov2=MoCoV2(K=2048), simsiam=SimSiam(64,16), simclr=SimCLR(dim=16), byol=BYOL(hidden=64, dim=16),
-           dino=DINO(K=32, n_local=1, hidden=64, dim=16))
+few = {**{name:make() for name,make in small_methods.items()}, 'mocov2':MoCoV2(K=2048), 'simclr':SimCLR(dim=16)}
 
 @pytest.fixture(scope='module')
 def items():
@@ -57,7 +55,6 @@ def synthesizers(learners): return {name:learn.synthesizer() for name,learn in l
 
 each_method = pytest.mark.parametrize('name', few)
 
-def test_every_method_is_tried(): assert set(few) == set(methods)
 
 def same(a, b):
     for k in 'rec','pert','s_hat','noise','cos': assert is_close(getattr(a,k), getattr(b,k), 1e-6), k
@@ -142,7 +139,7 @@ def test_scores_are_those_of_the_callback(learners, synthesizers, x, name):
     z = syn(x).z
     torch.manual_seed(0)
     key = syn.saliency.key_head(syn.encoder(Views(48,1)(x)[0])).detach()
-    if name=='simclr':
+    if learn.ssl.saliency().kind=='in_batch':
         assert syn.saliency.negatives.shape == (len(learn.model.bank), 16)
         assert is_close(syn.saliency.negatives.norm(dim=1).mean(), 1., 1e-4)
         want = scores_against_bank(syn, z, key)

@@ -1,5 +1,6 @@
 """Small networks, quiet learners, and a second implementation of a training to compare with"""
 import random
+from functools import partial
 import torch
 from torch import nn
 from fastcore.basics import noop
@@ -7,6 +8,13 @@ from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback                       # which brings `no_bar`
 from fastai.torch_core import set_seed
 from fgsynth.nets.networks import Encoder
+from fgsynth.methods.learner import methods
+
+few = dict(hidden=64, dim=16) # widths that keep a method quick
+small_methods = {name:partial(cls, **dict(mocov2=dict(K=128), simsiam=dict(dim=64, bottleneck=16), byol=few,
+                                          dino=dict(K=32, n_local=1, **few), mean_shift=few,
+                                          nnclr=dict(predictor_hidden=32, **few)).get(name, {}))
+                 for name,cls in methods.items()}
 
 def small():
     "A small network without batch norm, so that float64 and float32 stay close"
@@ -35,10 +43,12 @@ def next_losses(learn):
     return quietly(learn, 1, .01).recorder.losses
 
 class KeepViews(Callback):
-    "The views and the loss of each step"
+    "The views and the loss of each step, and the indices of its images"
     order = 1
-    def before_fit(self): self.seen = []
-    def after_loss(self): self.seen.append([v.double() for v in self.learn.xb] + [self.learn.loss.item()])
+    def before_fit(self): self.seen,self.ids = [],[]
+    def after_loss(self):
+        self.seen.append([v.double() for v in self.learn.xb] + [self.learn.loss.item()])
+        self.ids.append(self.learn.yb[0].as_subclass(torch.Tensor))
 
 def replay(seen, params, loss_of, after_step=lambda i: None, lr=.05, wd=1e-4):
     "The losses of the same steps in a plain PyTorch loop"

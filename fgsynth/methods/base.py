@@ -159,6 +159,12 @@ def net(self:SSLMethod): return get_model(self.learn.model)
 def size(self:SSLMethod): return self.learn.dls.size
 
 @patch(as_prop=True)
+def ids(self:SSLMethod):
+    "Indices (B,) of the batch's images; None where there is no batch"
+    ids, = getattr(self.learn, 'yb', None) or (None,)
+    return None if ids is None else ids.as_subclass(Tensor)
+
+@patch(as_prop=True)
 def views(self:SSLMethod):
     if self._views is not None: return self._views
     if self.size not in self._by_size: self._by_size = {self.size: self.recipe(self.size)}

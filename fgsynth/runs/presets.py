@@ -116,7 +116,7 @@ class Settings:
         keep:float=KEEP, # Side of the pictures that views are cut from, as a multiple of `size`; 1: centre squares
         resize:str='crop', # How pictures become squares: crop (their centre), or squish (the whole of them)
         bs:int=128, # Images in a batch
-        method:str='mocov2', # Self-supervised method: mocov2, simsiam, simclr, byol or dino
+        method:str='mocov2', # Self-supervised method: mocov2, simsiam, simclr, byol, dino, nnclr or mean_shift
         synth:str='both', # Pairs: none, both noises, cam, low_var, random; reconstruction, jitter, views or within
         epochs:int=5, # Passes over the training images
         pretrain_epochs:int=10, # Passes of the decoder before that, with the encoder frozen
@@ -132,7 +132,7 @@ class Settings:
         lam:float=pair_defaults['lam'], # Weight of the pair loss (Table 6)
         beta:float=pair_defaults['beta'], # Weight of the reconstruction error (0.5 in the paper)
         momentum:float=0.999, # Of MoCo's key encoder (appendix B.1); less for runs of a few hundred steps
-        K:int=None, # Keys in MoCo's queue (65,536 in the paper), or DINO's prototypes; None: fewer for small data sets
+        K:int=None, # Length of a queue (65,536 in the paper), or DINO's prototypes; None: less for small data sets
         mask_same_image:store_true=False, # Take older keys of the same image out of MoCo's negatives
         temperature:float=None, # Of the method's loss; None: as its authors have it
         opt:str='sgd', # Optimizer: sgd (the paper's), adamw (DINO's authors) or lars (SimCLR's and BYOL's)
