@@ -35,6 +35,7 @@ from .nets.codes import *
 from .nets.decoder import *
 from .nets.losses import *
 from .nets.saliency import *
+from .nets.maps import *
 
 # %% ../nbs/05_all.ipynb #112c8bdf
 from .methods.base import *

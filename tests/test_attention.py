@@ -9,11 +9,12 @@ from torch import nn, tensor
 from fgsynth.core import InputError
 from fgsynth.data.datasets import get_dataset
 from fgsynth.data.loaders import ssl_dls
-from fgsynth.evaluate.attention import as_map, attention_maps, attention_on, attention_on_parts, spatial_layer
+from fgsynth.evaluate.attention import attention_maps, attention_on, attention_on_parts
 from fgsynth.evaluate.shake import match_distance, shake_kinds, shake_test
 from fgsynth.methods.learner import ssl_learner
 from fgsynth.methods.mocov2 import MoCoV2
 from fgsynth.nets.encoders import create_encoder
+from fgsynth.nets.maps import as_map, spatial_layer
 from fgsynth.synth.callbacks import synth_pairs
 
 @pytest.fixture(scope='module')

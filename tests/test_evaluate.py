@@ -13,7 +13,8 @@ from fgsynth.core import InputError
 from fgsynth.data.finches import finches
 from fgsynth.data.items import Items, label_fraction
 from fgsynth.data.loaders import ssl_dls
-from fgsynth.evaluate.features import check_features, encoder_device, features, labelled_split, split_features
+from fgsynth.evaluate.features import check_features, features, labelled_split, split_features
+from fgsynth.nets.networks import encoder_device
 from fgsynth.evaluate.measures import evaluate
 from fgsynth.evaluate.probe import Probe, fit_probe, fresh_crops, linear_probe, probe_features, probe_lr, top_k
 from fgsynth.evaluate.retrieval import knn, nearest, neighbour_vote, retrieval

@@ -16,7 +16,8 @@ from ..distrib import seeded
 from ..data.items import check_labels, label_fraction
 from ..data.crops import KEEP
 from ..data.views import Views
-from .features import ask_encoder, check_features, encoder_device, features, labelled_split
+from ..nets.networks import encoder_device
+from .features import ask_encoder, check_features, features, labelled_split
 
 # %% ../../nbs/evaluate/01_probe.ipynb #625448b2
 def probe_lr(
