@@ -46,6 +46,7 @@ from .methods.byol import *
 from .methods.dino import *
 from .methods.nnclr import *
 from .methods.mean_shift import *
+from .methods.contrastive_crop import *
 from .methods.health import *
 from .methods.state import *
 from .methods.learner import *

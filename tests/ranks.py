@@ -21,6 +21,7 @@ from fgsynth.methods.mocov2 import MoCoModel, MoCoV2
 from fgsynth.methods.simsiam import SimSiam, SimSiamModel
 from fgsynth.methods.nnclr import NNCLR, NNCLRModel
 from fgsynth.methods.mean_shift import MeanShift, MeanShiftModel
+from fgsynth.methods.contrastive_crop import ContrastiveCrop
 from fgsynth.methods.base import SSLMethod
 from fgsynth.methods.learner import ssl_learner
 from fgsynth.synth.callbacks import synth_pairs
@@ -93,6 +94,9 @@ def alike(out):
         shared = 'train_loss','ssl_loss','rec_loss','pair_loss'
         res |= {f'{name}.{k}':v for k,v in columns(learn).items() if k in shared}
     learn = train(Smooth(views=two), 60, 48//world_size, 2, still=True, valid_pct=.2, cbs=synth_pairs(**as_written))
+    crops = train(Smooth(views=two), 48, 48//world_size, 3, still=True, cbs=[ContrastiveCrop(every=.4, threshold=.5)])
+    if world_size>1: assert same_everywhere(crops), 'crops'
+    res |= {f'crops.{k}':v for k,v in state(crops).items()}
     valid = {k:v for k,v in columns(learn).items() if 'valid' in k and k!='valid_feat_std'} # which is of a batch
     res |= {f'with a validation part.{k}':v for k,v in valid.items()}
     if rank()==0: torch.save(res, out)

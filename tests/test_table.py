@@ -44,7 +44,7 @@ def test_a_row_is_that_of_the_same_run_by_hand(runs, items):
 def test_a_file_that_is_older_than_a_setting(runs, tmp_path):
     "Its runs had the default, and the next row brings the column"
     old = tmp_path/'runs.csv'
-    later = ['decoder_draw','decoder_grid','schedule','layer_decay','resize','budget','cpu_seconds']
+    later = ['decoder_draw','decoder_grid','schedule','layer_decay','resize','crop','budget','cpu_seconds']
     runs.iloc[:3].drop(columns=later).to_csv(old, index=False)
     smoke = Settings.from_preset('smoke', data='finches', synth='cam', seed=0)
     assert len(find_runs(read_runs(old), smoke))==1

@@ -153,7 +153,7 @@ def labelled_split(
     x,good = items.load(split, size)
     if side := kept_side(images, size, keep):
         whole,_,aspect = items.load(split, side, whole=True)
-        x = x.as_subclass(CutImages).remember(whole, aspect)
+        x = x.as_subclass(CutImages).remember(whole=whole, aspect=aspect)
     return x, labels[good], good
 
 # %% ../../nbs/evaluate/00_features.ipynb #ca18bb70

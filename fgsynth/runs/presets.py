@@ -19,7 +19,7 @@ from ..core import InputError, check_name
 from ..data.images import RESIZES
 from ..data.crops import KEEP
 from ..data.datasets import is_data_set
-from ..methods.learner import methods, ssl_learner
+from ..methods.learner import crops, methods, ssl_learner
 from ..synth.callbacks import DecoderCallback, PerturbCallback, SynthCallback, SynthPairCallback
 from ..synth.controls import synth_modes
 
@@ -115,6 +115,7 @@ class Settings:
         size:int=64, # Height and width of the images in pixels, 32 or more
         keep:float=KEEP, # Side of the pictures that views are cut from, as a multiple of `size`; 1: centre squares
         resize:str='crop', # How pictures become squares: crop (their centre), or squish (the whole of them)
+        crop:str='random', # Where crops lie: random, or contrastive (where the encoder sees something)
         bs:int=128, # Images in a batch
         method:str='mocov2', # Self-supervised method: mocov2, simsiam, simclr, byol, dino, nnclr or mean_shift
         synth:str='both', # Pairs: none, both noises, cam, low_var, random; reconstruction, jitter, views or within
@@ -252,6 +253,7 @@ def check(self:Settings)->Settings: # Itself
     check_name(self.schedule, ['one_cycle','cosine'], 'schedule')
     check_name(self.opt, optimizers, 'optimizer')
     check_name(self.resize, RESIZES, 'way to resize')
+    check_name(self.crop, crops, 'way to crop')
     self.method_settings()
     for name,value in self.as_dict().items():
         if value is not None and (wanted := _what_is_wanted(name, value)):

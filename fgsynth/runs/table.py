@@ -80,7 +80,7 @@ experiments = dict(
 _measures = 'seconds cpu_seconds top1_100 top1_50 top1_20 rank1 rank5 map rank1_gallery map_gallery'.split()
 _first = 'experiment data encoder size method synth seed epochs'.split()
 _method = 'K mask_same_image temperature opt wd teacher'.split()
-_train = ('keep resize bs lr schedule head_mult frozen_stages '
+_train = ('keep resize crop bs lr schedule head_mult frozen_stages '
           'layer_decay momentum pretrained frozen_bn').split() + _method
 _pair = 'lam max_pairs anchor features'.split()
 _decoder = ('pretrain_epochs pretrain_bs update decoder_lr '

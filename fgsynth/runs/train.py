@@ -19,7 +19,7 @@ from ..data.images import float_images
 from ..data.datasets import get_dataset, is_data_set
 from ..data.loaders import ssl_dls
 from ..nets.encoders import save_encoder
-from ..methods.learner import methods, ssl_learner
+from ..methods.learner import crops, methods, ssl_learner
 from ..synth.decoding import AutoEncoder, needs_pretraining, pretrain_where_needed
 from ..synth.controls import synth_callbacks
 from ..show.pictures import history
@@ -51,6 +51,7 @@ def make_learner(
 )->Learner:
     "The learner of a run, before training"
     cbs = synth_callbacks(synth or s.synth, **s.pair_settings())
+    if crops[s.crop]: cbs = [crops[s.crop](), *cbs]
     set_seed(s.seed)
     dls = ssl_dls(items, size=s.size, bs=s.bs, keep=s.keep)
     method = methods[s.method](**s.method_settings())
