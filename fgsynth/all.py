@@ -65,6 +65,7 @@ from .evaluate.probe import *
 from .evaluate.retrieval import *
 from .evaluate.measures import *
 from .evaluate.attention import *
+from .evaluate.classifier import *
 
 # %% ../nbs/05_all.ipynb #f1fa508c
 from .show.pictures import *

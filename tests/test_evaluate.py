@@ -2,6 +2,8 @@
 import inspect, math, warnings
 from unittest import mock
 import numpy as np, pytest, torch, torch.nn.functional as F
+from fastai.callback.core import Callback
+from fastai.callback.progress import ProgressCallback # which brings `no_bar`
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.torch_core import set_seed
@@ -10,11 +12,13 @@ from PIL import Image
 from torch import nn
 from torchvision.transforms import RandomResizedCrop
 from fgsynth.core import InputError
+from fgsynth.data.datasets import get_dataset
 from fgsynth.data.finches import finches
 from fgsynth.data.items import Items, label_fraction
 from fgsynth.data.loaders import ssl_dls
 from fgsynth.evaluate.features import check_features, features, labelled_split, split_features
 from fgsynth.nets.networks import encoder_device
+from fgsynth.evaluate.classifier import classifier_learner
 from fgsynth.evaluate.measures import evaluate
 from fgsynth.evaluate.probe import Probe, fit_probe, fresh_crops, linear_probe, probe_features, probe_lr, top_k
 from fgsynth.evaluate.retrieval import knn, nearest, neighbour_vote, retrieval
@@ -493,3 +497,23 @@ def test_the_learners_methods_have_defaults_and_leave_the_functions():
     check_eq(defaults(Learner.retrieval, 'split','gallery'), ['test', None])
     check_eq(defaults(Learner.knn, 'k'), [20])
     assert all(callable(f) for f in (linear_probe, retrieval, knn))
+
+# the ceiling
+
+def test_a_classifier_trains_all_of_a_copy():
+    "Frozen stages too; crops are seen in training alone, and colours stay as they are"
+    items = get_dataset('finches', n_train=64, n_test=16, size=32); enc = create_encoder('timm/test_byobnet')
+    for p in enc.parameters(): p.requires_grad_(False)
+    learn = classifier_learner(items, enc, size=32, bs=16, flip=0.); seen = {True:[], False:[]}
+    class Seen(Callback):
+        def before_batch(self): seen[self.training].append(self.xb[0].clone())
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, .01, cbs=Seen())
+    moved = [not p.equal(q) for p,q in zip(enc.parameters(), learn.model[0].parameters())]
+    assert all(moved) and not any(p.requires_grad for p in enc.parameters())
+    clean = items.load('test', 32)[0].float()/255
+    assert torch.cat(seen[False]).allclose(clean, atol=1e-6)
+    assert not torch.cat(seen[True]).allclose(items.load('train', 32)[0].float()/255, atol=.01)
+
+def test_a_classifier_needs_labels():
+    nameless,enc = Items('none', torch.zeros(32,3,32,32, dtype=torch.uint8), []),create_encoder('timm/test_byobnet')
+    with pytest.raises(InputError, match='no labels'): classifier_learner(nameless, enc, 32)
