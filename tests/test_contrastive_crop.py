@@ -11,10 +11,11 @@ from fgsynth.data.datasets import get_dataset
 from fgsynth.data.items import Items
 from fgsynth.data.loaders import ssl_dls
 from fgsynth.data.views import Views
-from fgsynth.methods.contrastive_crop import ContrastiveCrop, active_boxes, locate
+from fgsynth.methods.contrastive_crop import ContrastiveCrop, active_boxes, active_layer, locate
 from fgsynth.methods.learner import ssl_learner
 from fgsynth.nets.encoders import create_encoder
-from fgsynth.nets.maps import as_map, spatial_layer
+from fgsynth.nets.maps import as_map
+from fgsynth.nets.networks import Encoder
 from fgsynth.runs.resume import CheckpointCallback
 from fgsynth.synth.callbacks import synth_pairs
 from tiny import save
@@ -59,21 +60,29 @@ def test_boxes_by_loops(threshold):
     assert close(active_boxes(maps, threshold, 28), boxes_by_loops(maps, threshold, 28), 1e-6)
 
 def test_where_nothing_stands_out_the_box_is_the_image():
+    "Nor does rounding: layer norms sum to zero over their channels, but for the last digit"
     assert active_boxes(torch.full((2,3,4,4), 5.), .1, 32).tolist()==[[0,0,1,1]]*2
+    m = nn.functional.layer_norm(torch.randn(4,8,8,16), (16,)).permute(0,3,1,2)
+    assert m.sum(1).std()>0 and active_boxes(m, .4, 32).tolist()==[[0,0,1,1]]*4
 
 @pytest.mark.parametrize('arch,size', [('resnet18', 64), ('timm/test_vit', 64), ('lite0', 64)])
 def test_maps_of_networks_of_all_kinds(arch, size):
     enc = create_encoder(arch, size=size); x = torch.rand(3,3,size,size)
     boxes = locate(enc, x, size, .4)
-    name,_,layout = spatial_layer(enc, size); seen = []
+    name,_,layout = active_layer(enc, size); seen = []
+    assert not isinstance(enc.get_submodule(name), nn.LayerNorm)
     hook = enc.get_submodule(name).register_forward_hook(lambda m, i, o: seen.append(as_map(o, layout)))
     with torch.no_grad(): enc.eval()(x)
     hook.remove()
     assert close(boxes, active_boxes(seen[0], .4, size)) and (boxes[:,2:]>boxes[:,:2]).all()
+    assert close(boxes, locate(enc, x+1e-6*torch.rand_like(x), size, .4), 2/size) # and no rounding
 
 def test_a_network_without_a_map_is_refused(items):
     flat = nn.Sequential(nn.Flatten(), nn.Linear(3*32*32, 8))
     with pytest.raises(InputError, match='no feature map'): locate(flat, torch.rand(2,3,32,32), 32)
+    dls = ssl_dls(items, size=32, bs=16)
+    with pytest.raises(InputError, match='no feature map'): # at once, and not after a fifth of the training
+        ssl_learner(dls, Encoder(flat, 8, size=32), small_methods['simclr'](), cbs=ContrastiveCrop())
 
 def test_pictures_are_looked_at_whole():
     "A wide picture that is bright at its right end, which the centre square does not show"
@@ -97,6 +106,18 @@ def test_centres_are_distributed_as_beta(beta):
         assert abs(u.mean()-.5)<.03 and abs(u.var()-1/(4*(2*beta+1)))<.01
     assert w.equal(box[2]) and h.equal(box[3])
 
+@pytest.mark.parametrize('beta', [.1, .6])
+def test_large_crops_are_not_pressed_against_the_rim(beta):
+    "Starts are drawn between the first and the last that fit: by loops over the boxes, with the same random numbers"
+    n = 2000; region = torch.tensor([.2,.1,.8,1.]).expand(n, 4); box = random_box(n, 100, 150, scale=(.2,1.))
+    set_seed(5); x0,y0,w,h = centre_in(box, 100, 150, region, beta)
+    set_seed(5); u = torch.distributions.Beta(torch.full((n,), beta), torch.full((n,), beta)).sample((2,))
+    for i in range(0, n, 50):
+        for got,size,length,low,high,v in ((x0, w, 150, .2, .8, u[0]), (y0, h, 100, .1, 1., u[1])):
+            first,last = [min(max(o*length-size[i].item()/2, 0), length-size[i].item()) for o in (low, high)]
+            assert abs(got[i].item()-(first+(last-first)*v[i].item()))<1e-3
+    if beta==.6: assert ((x0<1e-3) | (x0+w>150-1e-3)).float().mean()<.2
+
 def test_crops_stay_inside_pictures_of_all_shapes():
     n = 500; w = torch.rand(n)*300+50; region = torch.rand(n,4).view(n,2,2).sort(1).values.flatten(1)
     x0,y0,bw,bh = centre_in(random_box(n, 100, w), 100, w, region)
@@ -107,22 +128,19 @@ def test_views_follow_the_region_of_each_image():
     x = torch.zeros(64,3,32,32); x[...,16:] = 1
     plain = Views(32, 1, scale=(.05,.1), flip=0, p_jitter=0, p_grey=0, p_blur=0)
     def mean(region):
-        there = x.as_subclass(CutImages).remember(region=torch.tensor(region).expand(64, 4))
+        there = x.as_subclass(CutImages).remember(region=torch.tensor(region).expand(64, 4), beta=torch.full((64,), .6))
         return plain(there)[0].mean()
     assert mean([.75,0.,1.,1.])>.95 and mean([0.,0.,.25,1.])<.05
     set_seed(1); a, = plain(x)
     set_seed(1); b, = plain(x.clone())
     assert a.equal(b)
 
-@pytest.mark.parametrize('beta', [0, -1])
-def test_a_distribution_that_is_none(beta):
-    with pytest.raises(InputError, match='beta'): Views(32, beta=beta)
-
 # the callback
 
-@pytest.mark.parametrize('wrong', [dict(every=0), dict(every=1.5), dict(threshold=1), dict(threshold=-.1)])
+@pytest.mark.parametrize('wrong', [dict(every=0), dict(every=1), dict(threshold=1), dict(threshold=-.1),
+                                   dict(beta=0), dict(bs=0)])
 def test_settings_that_cannot_be_meant(wrong):
-    with pytest.raises(InputError): ContrastiveCrop(**wrong)
+    with pytest.raises(InputError, match=next(iter(wrong))): ContrastiveCrop(**wrong)
 
 @pytest.mark.parametrize('name', small_methods)
 def test_beside_every_method_and_pairs(dls, name):
@@ -132,7 +150,7 @@ def test_beside_every_method_and_pairs(dls, name):
             if self.epoch==1: self.encoder = {k:v.clone() for k,v in self.model.encoder.state_dict().items()}
     cbs = [Kept(), ContrastiveCrop(every=.5, threshold=.5), *synth_pairs(decoder_width=8)]
     learn = ssl_learner(dls, 'timm/test_byobnet', small_methods[name](), cbs=cbs)
-    assert learn.model.boxes.tolist()==[[0,0,1,1]]*64
+    assert not learn.model.boxes.any() # none are drawn, so crops are the method's own
     quietly(learn, 2, .03)
     enc = create_encoder('timm/test_byobnet'); enc.load_state_dict(learn.kept.encoder)
     x = dls.items.load('train', 48, whole=True)[0].float()/255
@@ -142,7 +160,6 @@ def test_beside_every_method_and_pairs(dls, name):
 
 def test_drawing_boxes_changes_nothing_random(dls):
     learn = ssl_learner(dls, 'timm/test_byobnet', small_methods['simclr'](), cbs=ContrastiveCrop())
-    learn.contrastive_crop.drawn_before = -1
     def numbers(): return torch.rand(2), np.random.rand()
     set_seed(3); a = numbers()
     set_seed(3); learn.contrastive_crop.draw_boxes(); b = numbers()
@@ -177,9 +194,16 @@ def test_a_file_that_cannot_be_read_keeps_the_whole_picture(tmp_path):
         quietly(learn, 2, .01)
     assert learn.model.boxes[2].tolist()==[0,0,1,1] and learn.model.boxes.shape==(6,4)
 
-def test_other_images_begin_with_whole_pictures(dls):
-    learn = ssl_learner(dls, 'timm/test_byobnet', small_methods['simclr'](), cbs=ContrastiveCrop(every=.5))
-    quietly(learn, 2, .01)
-    learn.dls = ssl_dls(get_dataset('finches', n_train=32, n_test=8, size=32), size=32, bs=16)
+@pytest.mark.parametrize('n', [32, 64])
+def test_other_images_begin_without_boxes(dls, n, tmp_path):
+    "Also as many others; a file of the former images is read, and the boxes in it are not"
+    crops = ContrastiveCrop(every=.5)
+    learn = ssl_learner(dls, 'timm/test_byobnet', small_methods['simclr'](), cbs=crops, path=tmp_path)
+    quietly(learn, 2, .01); learn.save('before')
+    learn.dls = ssl_dls(get_dataset('finches', n_train=n, n_test=8, size=32, seed=1), size=32, bs=16)
+    assert not learn.model.boxes.any()
     quietly(learn, 1, .01)
-    assert learn.model.boxes.tolist()==[[0,0,1,1]]*32
+    assert learn.model.boxes.shape==(n,4) and not learn.model.boxes.any()
+    if n==64: return
+    with pytest.warns(UserWarning, match='boxes'): learn.load('before')
+    assert learn.model.boxes.shape==(n,4) and not learn.model.boxes.any()

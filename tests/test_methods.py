@@ -244,7 +244,7 @@ def test_mean_shift(dls):
         with torch.no_grad(): t = unit(ref.key_projector(ref.key_encoder(v2)))
         loss = 0
         for j,a,b in zip(i, p, t):
-            near = torch.stack([b, *nearest(memory, b, j, 2)])
+            near = torch.stack([b, *nearest([*memory, *zip(i, t)], b, j, 2)])
             loss = loss + (a-near).pow(2).sum(1).mean()/len(p)
         memory.extend(zip(i, t)); del memory[:-128]
         return loss
@@ -262,6 +262,26 @@ def test_neighbours_in_bfloat16_and_of_a_batch_without_indices(dls, method):
     with torch.autocast('cpu', torch.bfloat16): loss = learn.ssl.loss(*m(*torch.rand(2,8,3,32,32)))
     assert loss.dtype==torch.float32 and loss.isfinite()
 
+def test_neighbours_are_looked_for_in_float32(dls):
+    "Under autocast, too: of cosines that differ in the fourth digit, the same is the highest"
+    m = QueueModel(nn.Identity(), nn.Identity()); m.add_queue(256, 32)
+    m.enqueue(torch.randn(1,32) + .1*torch.randn(256,32), torch.arange(256)); z = m.queue[:64] + .01*torch.randn(64,32)
+    want = (unit(z)@m.queue.double().T).argmax(1)
+    with torch.autocast('cpu', torch.bfloat16): _,entries,ids = m.neighbours(z)
+    assert ids[:,0].equal(want) and entries[:,0].equal(m.queue[want])
+
+@pytest.mark.parametrize('make', [lambda: MeanShift(k=2.5), lambda: MeanShift(k=0)])
+def test_a_number_of_neighbours_that_is_none(make):
+    with pytest.raises(InputError, match='whole number of neighbours'): make()
+
+@pytest.mark.parametrize('method', [NNCLR(K=0), NNCLR(K=10.5), MeanShift(K=-1)])
+def test_a_length_of_the_queue_that_is_none(dls, method):
+    with pytest.raises(InputError, match='cannot have the length'): ssl_learner(dls, small(), method)
+
+def test_an_empty_queue_has_no_purity():
+    m = QueueModel(nn.Identity(), nn.Identity()); m.add_queue(4, 2)
+    assert math.isnan(m.purity(torch.zeros(3, dtype=torch.long)))
+
 def test_purity_by_loops():
     m = QueueModel(nn.Identity(), nn.Identity()); m.add_queue(32, 4)
     m.enqueue(torch.randn(20,4), torch.arange(20)%12); y = torch.randint(0, 3, (12,))
@@ -269,7 +289,7 @@ def test_purity_by_loops():
     for i,a in zip(own, rows):
         near = sorted([j for j in range(20) if own[j]!=i], key=lambda j: -float(a@rows[j]))[:3]
         same += [int(y[own[j]]==y[i]) for j in near]
-    assert close(m.purity(y, k=3), sum(same)/len(same), 1e-6)
+    assert close(m.purity(y, k=3), sum(same)/len(same), 1e-6) and close(m.purity(y, k=3, bs=3), m.purity(y, k=3), 1e-6)
 
 @pytest.mark.parametrize('name', small_methods)
 def test_nothing_is_lost_by_saving(dls, tmp_path, name):

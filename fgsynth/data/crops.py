@@ -93,16 +93,17 @@ def centre_in(
     h, # Height of the images, pixels: a number, or a tensor (b,)
     w, # Width of the images, pixels: likewise
     region:Tensor, # (b, 4): left, top, right and lower edge, as shares of the image
-    beta:float=0.6, # Both parameters of the Beta distribution; 1: uniform
+    beta=0.6, # Both parameters of the Beta distribution, a number or a tensor (b,); 1: uniform
 )->tuple: # Boxes of the same sizes
-    "Move each box so that its centre lies in a region of its image, as far as it then fits into the image"
+    "Move each box so that its centre lies in a region of its image, as far as it fits into the image"
     x0,y0,box_w,box_h = box
-    parameter = x0.new_tensor(beta)
-    u = torch.distributions.Beta(parameter, parameter).sample((2, len(x0)))
+    parameter = torch.as_tensor(beta).to(x0).expand(len(x0))
+    u = torch.distributions.Beta(parameter, parameter).sample((2,))
+    def start(low, high, length, box, u): # where a box of this size begins
+        low,high = [(o*length - box/2).clamp(min=0).minimum(length-box) for o in (low, high)]
+        return low + u*(high-low)
     left,top,right,lower = region.to(x0).T
-    x0 = (left + u[0]*(right-left))*w - box_w/2
-    y0 = (top + u[1]*(lower-top))*h - box_h/2
-    return x0.clamp(min=0).minimum(w-box_w), y0.clamp(min=0).minimum(h-box_h), box_w, box_h
+    return start(left, right, w, box_w, u[0]), start(top, lower, h, box_h, u[1]), box_w, box_h
 
 # %% ../../nbs/data/15_crops.ipynb #5c3cc0d9
 def squish_box(
@@ -142,16 +143,17 @@ class CutImages(TensorImage):
     whole = None # torch.uint8 (B, 3, K, K), the pictures squished to squares
     aspect = None # (B,) width of each picture over its height
     region = None # (B, 4) where the crops of each picture are centred, see `centre_in`
+    beta = None # (B,) and how
 
     def set_meta(self, x, as_copy=False): "Results of computations do not remember: fastai would copy all attributes"
 
     def remember(self, **known):
-        "Itself, with these pictures, aspect ratios or regions"
+        "Itself, with these pictures, aspect ratios, regions or parameters of the Beta distribution"
         for k,v in known.items(): setattr(self, k, v)
         return self
 
     def remembered(self):
-        known = {k:getattr(self, k) for k in ('whole','aspect','region')}
+        known = {k:getattr(self, k) for k in ('whole','aspect','region','beta')}
         return {k:v for k,v in known.items() if v is not None}
 
     def __getitem__(self, i):

@@ -84,7 +84,6 @@ class Views(nn.Module):
         p_blur:float=0.5, # Probability of the blur
         p_solar:float=0., # Probability of solarisation (BYOL and DINO: 0.2 in one view of two)
         blur_ref:int=224, # Image side for which `blur` is given (ImageNet recipes: 224); None: `size`
-        beta:float=0.6, # How crops are centred in the regions that images remember, if they do, see `centre_in`
     ):
         super().__init__()
         if int(size)!=size or size<32:
@@ -95,8 +94,7 @@ class Views(nn.Module):
         jitter = tuple(jitter) if isinstance(jitter, (tuple,list)) else (jitter,)
         _check(len(jitter)==4 and all(0<=s<=1 for s in jitter) and jitter[3]<=0.5, 'jitter', jitter,
                "give four strengths, brightness, contrast and saturation from 0 to 1 and hue from 0 to 0.5")
-        _check(beta>0, 'beta', beta, "give a number above 0")
-        store_attr('flip,jitter,p_jitter,p_grey,p_blur,p_solar,blur_ref,beta')
+        store_attr('flip,jitter,p_jitter,p_grey,p_blur,p_solar,blur_ref')
         self.size,self.n = int(size),int(n)
         self.scale,self.ratio = _check_range('scale', scale, 1e-4, 1), _check_range('ratio', ratio, 1e-2, 100)
         self.blur = _check_range('blur', blur, 0, (blur_ref or size)/8)
@@ -115,11 +113,11 @@ def draw(self:Views,
     h, # Height of the images, pixels: a number, or a tensor (b,)
     w, # Width of the images, pixels: likewise
     device=None, # Where the numbers are drawn
-    region:Tensor=None, # (b, 4) where crops are centred, see `centre_in`; None: anywhere
+    *centred, # Region (b, 4) and beta (b,), see `centre_in`; none: crops lie anywhere
 )->ViewParams: # Each field (b,)
     "Random parameters of one view of `b` images"
     box = random_box(b, h, w, self.scale, self.ratio, device)
-    if region is not None: box = centre_in(box, h, w, region, self.beta)
+    if centred: box = centre_in(box, h, w, *centred)
     u = torch.rand(9, b, device=device)
     jittered,grey,flipped,blurred = u[0]<self.p_jitter, u[5]<self.p_grey, u[6]<self.flip, u[7]<self.p_blur
     *strengths,turn = self.jitter
@@ -156,15 +154,16 @@ def forward(self:Views,
         raise InputError(f"Views are made of a batch of shape (B, 3, H, W), this one is {tuple(x.shape)}.")
     dtype = x.dtype if x.is_floating_point() else torch.float32
     pictures,aspect = whole_pictures(x)
-    params = [self._draw_for(pictures, aspect, getattr(x, 'region', None)) for _ in range(n or self.n)]
+    centred = () if getattr(x, 'region', None) is None else (x.region, x.beta)
+    params = [self._draw_for(pictures, aspect, *centred) for _ in range(n or self.n)]
     return tuple(self.render(pictures, p).to(dtype) for p in params)
 
 @patch
-def _draw_for(self:Views, pictures, aspect, region):
+def _draw_for(self:Views, pictures, aspect, *centred):
     "Parameters in pixels of the pictures (B, 3, H, W), which are squished to squares where they have an aspect ratio"
     b,_,h,w = pictures.shape
-    if aspect is None: return self.draw(b, h, w, pictures.device, region)
-    p = self.draw(b, h, h*aspect, pictures.device, region)
+    if aspect is None: return self.draw(b, h, w, pictures.device, *centred)
+    p = self.draw(b, h, h*aspect, pictures.device, *centred)
     return ViewParams(*squish_box(p[:4], aspect), *p[4:])
 
 # %% ../../nbs/data/16_views.ipynb #7f940d84

@@ -40,7 +40,7 @@ class SSLModel(nn.Module):
     heads = ('projector',) # names of the modules that train beside the encoder
     by_stage = False # one group of parameters for each of the encoder's `stages`
     fixed = () # names of parameters of the encoder that never train
-    memories = (('bank',),) # parts whose length goes by the data set; those of one tuple begin anew together
+    memories = ('bank',),('boxes',) # parts whose length goes by the data set; those of one tuple begin anew together
     def __init__(self,
         encoder:nn.Module, # f: images in [0, 1] to features (B, d)
         projector:nn.Module, # g: features to embeddings (B, m)

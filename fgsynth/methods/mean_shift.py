@@ -58,15 +58,15 @@ class MeanShift(SSLMethod):
         shuffle_bn:bool=True, # In several processes, compute targets among other images (`get_shuffle_ids`)
         views=None, # In place of `mean_shift_views(size)`
     ):
-        if k<1:
-            raise InputError(f"Mean shift is to follow {k} neighbours: give k=1, the image's own target, or more.")
+        if k!=int(k) or k<1:
+            raise InputError(f"k is {k}: give a whole number of neighbours, 1 (the image's own target) or more.")
         super().__init__(views)
         store_attr('K,k,momentum,hidden,dim,shuffle_bn')
 
 # %% ../../nbs/methods/07_mean_shift.ipynb #2e692025
 @patch
 def build(self:MeanShift, encoder, dls):
-    d,K = num_features(encoder), self.K or one_epoch(len(dls.train_ds), dls.train.bs, 128_000)
+    d,K = num_features(encoder),one_epoch(len(dls.train_ds), dls.train.bs, 128_000, self.K)
     hidden,dim = self.hidden or 2*d, self.dim or max(1, d//4)
     heads = [MLPHead(n, hidden, dim, bn=True) for n in (d, dim)]
     return MeanShiftModel(encoder, *heads, dim, K, shuffle_bn=self.shuffle_bn)
@@ -75,16 +75,20 @@ def build(self:MeanShift, encoder, dls):
 @patch
 def loss(self:MeanShift, p, t):
     p,target = [F.normalize(o.float(), dim=1) for o in (p, t.detach())]
-    cosines,at = self.net.neighbours(target, self.ids, self.k-1)
+    coming = None if self.ids is None else (gather(target), gather(self.ids))
+    cosines,entries,_ = self.net.neighbours(target, self.ids, self.k-1, coming)
     known = cosines.isfinite()
-    pulls = (p[:,None]*self.net.queue[at]).sum(-1).masked_fill(~known, 0.).sum(1) + (p*target).sum(1)
+    pulls = (p[:,None]*entries).sum(-1).masked_fill(~known, 0.).sum(1) + (p*target).sum(1)
     return (2 - 2*pulls/(1 + known.sum(1))).mean()
 
 # %% ../../nbs/methods/07_mean_shift.ipynb #63083d9b
 @patch
 def _distance(self:MeanShift, z, target):
     "Squared distance of the predictions from features `z` (B, d) to targets (B, dim)"
-    return 2 + 2*neg_cosine(self.net.predictor(self.net.projector(z)), target)
+    return self._apart(self.net.predictor(self.net.projector(z)), target)
+
+@patch
+def _apart(self:MeanShift, p, target): return 2 + 2*neg_cosine(p, target)
 
 @patch
 @torch.no_grad()
@@ -98,7 +102,7 @@ def pair_loss(self:MeanShift, z1, z2):
 @patch
 def view_loss(self:MeanShift, out, z2):
     p,t = out
-    return (2 + 2*neg_cosine(p, self._target(z2)) + self._distance(z2, t))/2
+    return (self._apart(p, self._target(z2)) + self._distance(z2, t))/2
 
 # %% ../../nbs/methods/07_mean_shift.ipynb #73f68422
 @patch

@@ -8,6 +8,7 @@ __all__ = ['QueueModel', 'MoCoModel', 'MoCoV2', 'one_epoch']
 # %% ../../nbs/methods/01_mocov2.ipynb #ac20ee54
 import warnings
 from fastai.basics import *
+from ..core import InputError
 from ..distrib import Shuffle, gather, world
 from ..nets.networks import num_features
 from ..nets.heads import MLPHead
@@ -57,14 +58,19 @@ def clear_queue(self:QueueModel):
 @torch.no_grad()
 def neighbours(self:QueueModel,
     z, # Embeddings (B, dim)
-    ids=None, # Indices (B,) of their images; None: of none that were seen
-    k:int=1, # How many of each, at most the length of the queue
-)->tuple: # Cosines (B, k), from the highest down, and positions (B, k) in the queue
+    ids=None, # Indices (B,) of their images; None: unknown, and nothing is left out
+    k:int=1, # How many of each, at most as many as there are
+    coming:tuple=None, # More entries (n, dim), and the indices (n,) of their images
+)->tuple: # Cosines (B, k), from the highest down, the entries (B, k, dim), and the indices (B, k) of their images
     "The entries most like each embedding, among those of other images"
-    cosines = F.normalize(z.float(), dim=1) @ self.queue.T
-    out = self.queue_ids<0
-    if ids is not None: out = out | (self.queue_ids==ids[:,None])
-    return cosines.masked_fill(out, float('-inf')).topk(min(k, len(self.queue)))
+    rows,of = self.queue,self.queue_ids
+    if coming: rows,of = torch.cat([rows, F.normalize(coming[0].float(), dim=1)]),torch.cat([of, coming[1]])
+    out = of<0
+    if ids is not None: out = out | (of==ids[:,None])
+    with torch.autocast(z.device.type, enabled=False):
+        cosines = F.normalize(z.float(), dim=1) @ rows.T
+    cosines,at = cosines.masked_fill(out, float('-inf')).topk(min(k, len(rows)))
+    return cosines,rows[at],of[at]
 
 # %% ../../nbs/methods/01_mocov2.ipynb #5759b66a
 @patch
@@ -72,13 +78,16 @@ def neighbours(self:QueueModel,
 def purity(self:QueueModel,
     labels, # LongTensor (N,), the class of each image of the training set
     k:int=1, # Neighbours of each
-)->float: # From 0 to 1
+    bs:int=1024, # Entries at a time
+)->float: # From 0 to 1; not a number where the queue is empty
     "Share of neighbours in the queue that are of the same class as the image whose neighbours they are"
-    there = self.queue_ids>=0
-    cosines,at = self.neighbours(self.queue[there], self.queue_ids[there], k)
-    y = labels.to(at.device)
-    same = y[self.queue_ids[at]]==y[self.queue_ids[there]][:,None]
-    return same[cosines.isfinite()].float().mean().item()
+    there,same = (self.queue_ids>=0).nonzero()[:,0],[]
+    y = labels.to(self.queue.device)
+    for few in there.split(bs):
+        own = self.queue_ids[few]
+        cosines,_,ids = self.neighbours(self.queue[few], own, k)
+        same.append((y[ids]==y[own][:,None])[cosines.isfinite()])
+    return torch.cat(same).float().mean().item() if same else float('nan')
 
 # %% ../../nbs/methods/01_mocov2.ipynb #9caac1cd
 class MoCoModel(QueueModel):
@@ -130,9 +139,13 @@ def one_epoch(
     n:int, # Training images
     bs:int, # Images in a batch
     most:int=65536, # Length of the queue in a paper
+    K:int=None, # A length that was asked for
 )->int:
-    "A queue that holds what one epoch yields, or less where that is more than `most`"
-    return max(bs, min(most, n)//bs*bs)
+    "`K` if it was given; else a queue that holds what one epoch yields, or less where that is more than `most`"
+    if K is None: return max(bs, min(most, n)//bs*bs)
+    if K!=int(K) or K<1:
+        raise InputError(f"A queue cannot have the length {K}: give a whole number of entries, 1 or more.")
+    return int(K)
 
 # %% ../../nbs/methods/01_mocov2.ipynb #891e013c
 def _own_key_share(K, n):
@@ -146,7 +159,7 @@ def queue_length(self:MoCoV2,
     bs:int, # Images in a batch
 )->int:
     "The `K` that was given; by default what one epoch yields, at most 65,536"
-    K = self.K or one_epoch(n, bs)
+    K = one_epoch(n, bs, K=self.K)
     if self.K and K>n/2 and not self.mask_same_image:
         warnings.warn(f"The queue (K = {K:,}) is long for {n:,} images: in {_own_key_share(K, n):.0%} of the cases an "
                       f"image meets its own old key as a negative. Choose a smaller K or mask_same_image.")

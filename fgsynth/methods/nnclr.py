@@ -53,7 +53,7 @@ class NNCLR(SSLMethod):
 # %% ../../nbs/methods/06_nnclr.ipynb #4463e484
 @patch
 def build(self:NNCLR, encoder, dls):
-    K = self.K or one_epoch(len(dls.train_ds), dls.train.bs, 98304)
+    K = one_epoch(len(dls.train_ds), dls.train.bs, 98304, self.K)
     projector = MLPHead(num_features(encoder), self.hidden, self.dim, n_layers=3, bn=True, last_bn=True)
     return NNCLRModel(encoder, projector, MLPHead(self.dim, self.predictor_hidden, self.dim, bn=True), self.dim, K)
 
@@ -65,8 +65,8 @@ def neighbour_of(self:NNCLR,
     ids, # Indices (B,) of their images
 ): # (B, dim), unit rows
     "The entry of the queue that is nearest to each projection, or the projection itself where there is none"
-    cosines,at = self.net.neighbours(z, ids)
-    return torch.where(cosines.isfinite(), self.net.queue[at[:,0]], F.normalize(z.float(), dim=1))
+    cosines,entries,_ = self.net.neighbours(z, ids)
+    return torch.where(cosines.isfinite(), entries[:,0], F.normalize(z.float(), dim=1))
 
 # %% ../../nbs/methods/06_nnclr.ipynb #0097279e
 def _pick(neighbours, predictions, temperature):

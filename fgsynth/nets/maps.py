@@ -114,13 +114,15 @@ def spatial_layer(
     encoder:nn.Module, # Network that takes (B, 3, size, size)
     size:int, # Image size
     min_side:int=6, # Fewest cells a side
+    norms:bool=True, # May it be a layer norm?
 )->tuple: # Name of the module, side of its map, and how it lies: None (B, C, H, W), 'last' (B, H, W, C), leading tokens
     "The deepest layer whose output is a map fine enough to show"
-    found = [f[:3] for f in feature_maps(encoder, size) if f[3]]
+    def is_norm(name): return hasattr(encoder.get_submodule(name), 'normalized_shape')
+    found = [f[:3] for f in feature_maps(encoder, size) if f[3] and (norms or not is_norm(f[0]))]
     if not found or found[-1][1] is None:
-        raise InputError("This encoder has no feature map that attention could be drawn on.")
+        raise InputError("This encoder has no feature map whose cells are places of the image.")
     found = [f for f in found if f[1]]
     finest = max(side for _,side,_ in found)
     fine = [f for f in found if f[1]>=min(min_side, finest)]
-    norms = [f for f in fine if f[0].rpartition('.')[2] in ('norm1','ln_1') and f[1:]==fine[-1][1:]]
-    return (norms or fine)[-1] if fine[-1][2] is not None else fine[-1]
+    before_mixing = [f for f in fine if f[0].rpartition('.')[2] in ('norm1','ln_1') and f[1:]==fine[-1][1:]]
+    return (before_mixing or fine)[-1] if fine[-1][2] is not None else fine[-1]

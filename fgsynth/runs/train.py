@@ -113,8 +113,8 @@ def _moved(old, new):
     return old==new or os.path.basename(old)==os.path.basename(new) and not os.path.exists(old)
 
 # %% ../../nbs/runs/04_train.ipynb #5387063d
-_added = dict(keep=1., resize='crop', K=None, mask_same_image=False, temperature=None, opt='sgd', wd=1e-4,
-              teacher=False, pretrain_bs=16)
+_added = dict(keep=1., resize='crop', crop='random', K=None, mask_same_image=False, temperature=None, opt='sgd',
+              wd=1e-4, teacher=False, pretrain_bs=16)
 
 # %% ../../nbs/runs/04_train.ipynb #afd34dac
 def run_to_resume(
@@ -175,7 +175,7 @@ def _fit_in_folder(learn, items, s, out, facts, save_every, state):
     pairs = '' if s.synth=='none' else f' with synthesized pairs ({s.synth})'
     print(f"Training {s.arch} by {s.method}{pairs} on {items}")
     if s.K is None and 0<(K := len(getattr(get_model(learn.model), 'queue', [])))<65536:
-        print(f"The queue of keys is cut to the images of an epoch, K = {K:,}: --K takes another length")
+        print(f"The queue is cut to the images of an epoch, K = {K:,}: --K takes another length")
     cb = checkpoints(phase='training', seconds=seconds)
     fit_run(learn, s, cb)
     with failing_together():
@@ -194,7 +194,7 @@ def _processes(learn, s):
     "The context of a training in as many processes as there are, on fastai's engine"
     if num_distrib()<2: return nullcontext()
     fastai_distributed(); cpu = learn.dls.device.type=='cpu'
-    return learn.distrib_ctx(sync_bn=not cpu and s.method!='mocov2', cpu=cpu) # MoCo shuffles in place of it
+    return learn.distrib_ctx(sync_bn=not (cpu or getattr(learn.ssl, 'shuffle_bn', False)), cpu=cpu) # or shuffled
 
 # %% ../../nbs/runs/04_train.ipynb #102d0f9b
 class _Steps(Callback):
