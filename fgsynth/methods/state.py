@@ -46,6 +46,12 @@ def check_images(
                          f"take size={drawn}, or make another learner.")
 
 # %% ../../nbs/methods/21_state.ipynb #eb20b466
+def _empty(net, part):
+    "Empty a memory of images, where there is such a one"
+    if part=='bank' and hasattr(net, 'bank'): net.bank.clear()
+    if part=='queue' and hasattr(net, 'queue'): net.clear_queue()
+    if part=='boxes' and hasattr(net, 'boxes'): net.boxes.zero_()
+
 def forget_indices(
     net:nn.Module, # An `SSLModel`
 ):
@@ -114,12 +120,6 @@ def renew_opt(self:SSLLearner):
     self.opt.frozen_idx = old.frozen_idx
 
 # %% ../../nbs/methods/21_state.ipynb #2b742729
-def _empty(net, part):
-    "Empty a memory of images, where there is such a one"
-    if part=='bank' and hasattr(net, 'bank'): net.bank.clear()
-    if part=='queue' and hasattr(net, 'queue'): net.clear_queue()
-    if part=='boxes' and hasattr(net, 'boxes'): net.boxes.zero_()
-
 def _begin_anew(net, names, state, *_):
     "Replace in `state` what has another length there by emptied memories of `net`, and enter their names"
     own = net.state_dict()
