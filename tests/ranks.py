@@ -93,10 +93,10 @@ def alike(out):
         res |= {f'{name}.{k}':v for k,v in state(learn, 'bank').items()} # whose length goes by the batch
         shared = 'train_loss','ssl_loss','rec_loss','pair_loss'
         res |= {f'{name}.{k}':v for k,v in columns(learn).items() if k in shared}
-    learn = train(Smooth(views=two), 60, 48//world_size, 2, still=True, valid_pct=.2, cbs=synth_pairs(**as_written))
     crops = train(Smooth(views=two), 48, 48//world_size, 3, still=True, cbs=[ContrastiveCrop(every=.4, threshold=.5)])
     if world_size>1: assert same_everywhere(crops), 'crops'
     res |= {f'crops.{k}':v for k,v in state(crops).items()}
+    learn = train(Smooth(views=two), 60, 48//world_size, 2, still=True, valid_pct=.2, cbs=synth_pairs(**as_written))
     valid = {k:v for k,v in columns(learn).items() if 'valid' in k and k!='valid_feat_std'} # which is of a batch
     res |= {f'with a validation part.{k}':v for k,v in valid.items()}
     if rank()==0: torch.save(res, out)

@@ -55,7 +55,6 @@ def synthesizers(learners): return {name:learn.synthesizer() for name,learn in l
 
 each_method = pytest.mark.parametrize('name', few)
 
-
 def same(a, b):
     for k in 'rec','pert','s_hat','noise','cos': assert is_close(getattr(a,k), getattr(b,k), 1e-6), k
 

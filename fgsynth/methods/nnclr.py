@@ -13,12 +13,12 @@ from ..nets.heads import MLPHead
 from ..nets.saliency import Saliency
 from .base import SSLMethod
 from .mocov2 import QueueModel, one_epoch
+from .simsiam import SimSiamModel
 from .simclr import simclr_views
 
 # %% ../../nbs/methods/06_nnclr.ipynb #9f059c50
-class NNCLRModel(QueueModel):
-    "Encoder, projector and predictor, and a queue of projections; returns projections and predictions of two views"
-    heads = ('projector','predictor')
+class NNCLRModel(SimSiamModel, QueueModel):
+    "SimSiam's modules and a queue of projections; returns projections and predictions of two views"
     def __init__(self,
         encoder:nn.Module, # f
         projector:nn.Module, # g
@@ -27,13 +27,12 @@ class NNCLRModel(QueueModel):
         K:int, # Length of the queue
         frozen_bn:bool=False, # See `SSLModel`
     ):
-        super().__init__(encoder, projector, frozen_bn)
-        self.predictor = predictor
+        super().__init__(encoder, projector, predictor, frozen_bn)
         self.add_queue(K, dim)
 
     def forward(self, v1, v2):
-        z1,z2 = map(self.projector, self.features(v1, v2))
-        return z1, z2, self.predictor(z1), self.predictor(z2)
+        p1,p2,z1,z2 = super().forward(v1, v2)
+        return z1, z2, p1, p2
 
 # %% ../../nbs/methods/06_nnclr.ipynb #999fae7d
 class NNCLR(SSLMethod):
