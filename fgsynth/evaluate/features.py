@@ -15,7 +15,7 @@ from ..data.crops import CutImages, kept_side
 from ..data.images import float_images, warn_unreadable
 from ..data.decoded import load_images
 from ..data.items import check_labels
-from ..nets.networks import encoder_device, eval_mode
+from ..nets.networks import Encoder, encoder_device, eval_mode
 
 # %% ../../nbs/evaluate/00_features.ipynb #2519b7a5
 def _check_size(size):
@@ -181,4 +181,5 @@ def ask_encoder(
         raise InputError("The learner's model has no `encoder`: build it with `ssl_learner`, or call the functions of "
                          "`fgsynth.evaluate` with the network itself.")
     place = {k:getattr(learn.dls, k, None) for k in ('size','device')}
+    if isinstance(encoder, Encoder): encoder = encoder.finished()
     return question(encoder, *args, **{**place, **kw})

@@ -37,7 +37,7 @@ def batch_stats_only(
 # %% ../../nbs/methods/00_base.ipynb #4f8bf21e
 class SSLModel(nn.Module):
     "Encoder, heads and whatever else a method keeps; called with views, it returns what the loss compares"
-    heads = ('projector',) # names of the modules that train beside the encoder
+    heads = ('projector',) # names of the modules that train beside the encoder's body
     by_stage = False # one group of parameters for each of the encoder's `stages`
     fixed = () # names of parameters of the encoder that never train
     memories = ('bank',),('boxes',) # parts whose length goes by the data set; those of one tuple begin anew together
@@ -99,9 +99,10 @@ def train(self:SSLModel, mode=True): # False for evaluation
     "As for every module, but batch norms of the encoder that do not train stay in evaluation mode"
     nn.Module.train(self, mode)
     for name,m in self.named_modules():
-        if 'encoder' in name.split('.')[0] and isinstance(m, _BatchNorm):
-            original = self.get_submodule(name.removeprefix('key_')).weight
-            if self.frozen_bn or original is not None and not original.requires_grad: m.eval()
+        own = name.removeprefix('key_')
+        if not own.startswith('encoder') or not isinstance(m, _BatchNorm) or own.startswith(self.heads): continue
+        original = self.get_submodule(own).weight
+        if self.frozen_bn or original is not None and not original.requires_grad: m.eval()
     return self
 
 # %% ../../nbs/methods/00_base.ipynb #9f3f7553
@@ -111,10 +112,10 @@ def param_groups(self:SSLModel,
 )->L: # Of lists of trainable parameters
     "The encoder, or each of its stages, and then the heads"
     together = [h for h in self.heads if h not in apart]
+    heads = [[p for h in hs for p in self.get_submodule(h).parameters()] for hs in (together, apart) if hs]
+    out = {id(p) for ps in heads for p in ps} | {id(p) for n,p in self.encoder.named_parameters() if n in self.fixed}
     encoder = stages(self.encoder) if self.by_stage else [self.encoder.parameters()]
-    heads = [[p for h in hs for p in getattr(self, h).parameters()] for hs in (together, apart) if hs]
-    fixed = {id(p) for n,p in self.encoder.named_parameters() if n in self.fixed}
-    return L(L(p for p in ps if id(p) not in fixed) for ps in (*encoder, *heads))
+    return L([L(p for p in ps if id(p) not in out) for ps in encoder] + [L(ps) for ps in heads])
 
 # %% ../../nbs/methods/00_base.ipynb #d157877c
 def feat_std(
@@ -252,6 +253,18 @@ def after_create(self:SSLMethod):
     self.learn.terms = {}
     for n in 'ssl_loss','feat_std': self.add_term(n)
     self.expect_validation()
+
+# %% ../../nbs/methods/00_base.ipynb #921d81ac
+@patch
+def add_loss(self:SSLMethod,
+    name:str, # Column of the training table
+    loss:Tensor, # Scalar
+    weight:float, # Factor in the total (Eq. 8)
+):
+    "Add `weight` times a term to the loss, and the term itself to the table"
+    self.learn.terms[name] = loss.detach()
+    self.learn.loss_grad = self.learn.loss_grad + weight*loss
+    self.learn.loss = self.learn.loss_grad.detach().clone()
 
 # %% ../../nbs/methods/00_base.ipynb #a07b84b1
 @patch

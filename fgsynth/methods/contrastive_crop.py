@@ -12,7 +12,7 @@ from ..core import InputError
 from ..distrib import failing_together, gather_uneven, own_rows, seeded, world
 from ..data.crops import CutImages, whole_pictures
 from ..nets.networks import eval_mode
-from ..nets.maps import as_map, spatial_layer
+from ..nets.maps import as_map, hooked, spatial_layer
 
 # %% ../../nbs/methods/08_contrastive_crop.ipynb #063f901f
 def active_boxes(
@@ -52,10 +52,8 @@ def locate(
     if pictures.shape[-1]!=size: pictures = F.interpolate(pictures, size, mode='bilinear', antialias=True)
     name,_,layout = layer or active_layer(encoder, size)
     kept = []
-    hook = encoder.get_submodule(name).register_forward_hook(lambda m, inp, out: kept.append(as_map(out, layout)))
-    try:
-        with eval_mode(encoder): encoder.forward(pictures)
-    finally: hook.remove()
+    def keep(out): kept.append(as_map(out, layout))
+    with eval_mode(encoder), hooked(encoder, name, keep): encoder.forward(pictures)
     return active_boxes(kept[0], threshold, size)
 
 # %% ../../nbs/methods/08_contrastive_crop.ipynb #4c68becd

@@ -10,6 +10,7 @@ __all__ = ['IMAGENET_STATS', 'Encoder', 'eval_mode', 'num_features', 'encoder_de
 import torch, torchvision, torch.nn.functional as F
 from contextlib import contextmanager, suppress
 from copy import deepcopy
+from fastcore.basics import patch
 from torch import Tensor, nn
 from ..core import InputError, check_name
 from ..cli import is_interactive
@@ -36,6 +37,17 @@ class Encoder(nn.Module):
         self.register_buffer('std',  torch.tensor(std).view(1,3,1,1))
 
     def forward(self, x): return self.body((x - self.mean) / self.std)
+
+# %% ../../nbs/nets/00_networks.ipynb #10e8371b
+@patch
+def form(self:Encoder)->dict:
+    "What it takes to build the encoder again, in words that JSON knows"
+    return dict(arch=self.arch, num_features=self.num_features, size=self.size)
+
+@patch
+def finished(self:Encoder)->Encoder:
+    "The encoder as it is measured and kept after its training: with the same weights"
+    return self
 
 # %% ../../nbs/nets/00_networks.ipynb #def044ed
 @contextmanager

@@ -13,6 +13,7 @@ from ..core import InputError, check_name
 from ..files import save_tensors
 from ..cli import run_command
 from ..nets.networks import DepthwiseConv2d, Encoder
+from ..nets.masks import MaskedEncoder
 from ..nets.encoders import load_encoder
 from ..runs.report import read_run
 
@@ -28,7 +29,7 @@ def _read_encoder(path):
 def _copy_encoder(source):
     "A copy of an encoder, or of the one that a learner trains"
     model = getattr(source, 'model', source)
-    enc = copy.deepcopy(model if isinstance(model, Encoder) else model.encoder).cpu()
+    enc = copy.deepcopy(model if isinstance(model, Encoder) else model.encoder.finished()).cpu()
     if hasattr(source, 'dls'): enc.info = dict(image_size=source.dls.size)
     return enc
 
@@ -57,6 +58,9 @@ def difference(
 # %% ../../nbs/own/03_export.ipynb #6c1b2c2c
 def _write_state_dict(enc, path, size):
     "The weights of the network inside, under their own names"
+    if isinstance(enc, MaskedEncoder):
+        raise InputError("A plain state dict cannot hold the mask that this encoder puts on its map: "
+                         "write .pt2 or .onnx.")
     sd = {k:v.contiguous() for k,v in enc.body.state_dict().items()}
     mean,std = [json.dumps(o.flatten().tolist()) for o in (enc.mean, enc.std)]
     if path.suffix=='.safetensors': save_tensors(sd, path, dict(format='pt', arch=enc.arch, mean=mean, std=std))

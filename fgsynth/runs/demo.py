@@ -162,7 +162,7 @@ def demo_pictures(
     save_pictures(learners['both'], out, x)
     save_figure(show_health(*map(history, learners.values()), labels=[arms[k] for k in learners]), out/'curves.png')
     with suppress(InputError): _compare_attention(x[:8], start, nets, out) # `save_pictures` has said so
-    save_neighbours(nets['both'].encoder, items, size, out)
+    save_neighbours(nets['both'].encoder.finished(), items, size, out)
 
 # %% ../../nbs/runs/06_demo.ipynb #651ef7ce
 def announce(

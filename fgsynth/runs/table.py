@@ -168,7 +168,9 @@ def measure_run(
         spent = spent + _clock()-start
         last = {k:v[-1] for k,v in history(learn).items()}
     curves = {k:last.get(k) for k in ('feat_std','rec_loss','pair_diff')}
-    measures = evaluate(kept_encoder(learn, s), items, s.size, seed=s.seed, decoder=getattr(net, 'decoder', None))
+    kept = kept_encoder(learn, s)
+    decoder = getattr(net, 'decoder', None) if kept.form()==net.encoder.form() else None # which draws other features
+    measures = evaluate(kept, items, s.size, seed=s.seed, decoder=decoder)
     seconds,cpu_seconds = spent.tolist()
     return dict(row_key(s, split), seconds=seconds, cpu_seconds=cpu_seconds, **curves, **measures,
                 commit=code_commit(), machine=machine_name(), torch=torch.__version__)

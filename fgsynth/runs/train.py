@@ -68,7 +68,7 @@ def kept_encoder(
     net = get_model(learn.model)
     if s.teacher and not hasattr(net, 'key_encoder'):
         raise InputError(f"The method {s.method!r} has no slow copy of the encoder: leave out --teacher.")
-    return net.key_encoder if s.teacher else net.encoder
+    return (net.key_encoder if s.teacher else net.encoder).finished()
 
 # %% ../../nbs/runs/04_train.ipynb #4b798c91
 def learning_rates(

@@ -220,7 +220,7 @@ def show_retrieval(self:Learner,
     **kw, # Passed to `find_neighbours`: n, k, gallery, seed
 ):
     "Some test images and what the encoder takes for most similar"
-    encoder = get_model(self.model).encoder
+    encoder = get_model(self.model).encoder.finished()
     _draw(show_retrieval, *find_neighbours(encoder, items, self.dls.size, device=self.dls.device, **kw))
 
 # %% ../../nbs/show/00_pictures.ipynb #8c1d81d4

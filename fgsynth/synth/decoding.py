@@ -269,10 +269,8 @@ def add_loss(self:SynthCallback,
     loss:Tensor, # Scalar
     weight:float, # Factor in the total (Eq. 8)
 ):
-    "Add `weight` times a term to the loss, and the term itself to the table"
-    self.learn.terms[name] = loss.detach()
-    self.learn.loss_grad = self.learn.loss_grad + weight*loss
-    self.learn.loss = self.learn.loss_grad.detach().clone()
+    "Add `weight` times a term to the method's loss, and the term itself to the table"
+    self.learn.ssl.add_loss(name, loss, weight)
 
 # %% ../../nbs/synth/01_decoding.ipynb #e5ad4f0f
 @patch

@@ -16,7 +16,7 @@ from ..files import save_tensors
 from ..distrib import seeded
 from ..data.views import Views
 from ..nets.networks import eval_mode
-from ..nets.encoders import create_encoder, read_info
+from ..nets.encoders import build_encoder, read_info
 from ..nets.heads import Prototypes
 from ..nets.codes import channel_means, coder_of, with_means
 from ..nets.decoder import Decoder
@@ -165,8 +165,8 @@ def _metadata(syn):
     e,d,s = syn.encoder,syn.decoder,syn.saliency
     heads = {n:[_describe_layer(m) for m in getattr(s, n)] for n in ('head','key_head')}
     form = [d.d, d.size, d.width, d.grid, d.draw, d.layer]
-    return dict(arch=e.arch, size=e.size, num_features=e.num_features, decoder=form,
-                heads=heads, norm=syn.norm, loss=s.kind, temperature=s.temperature, answer=s.answer, **syn.defaults)
+    return dict(e.form(), decoder=form, heads=heads, norm=syn.norm, loss=s.kind, temperature=s.temperature,
+                answer=s.answer, **syn.defaults)
 
 # %% ../../nbs/synth/03_synthesizer.ipynb #d0e6ae26
 @patch
@@ -214,7 +214,7 @@ def load(cls:Synthesizer,
     meta,state,heads = _read(Path(path))
     if not len(state.get('negatives', [0])): del state['negatives']
     saliency = Saliency(*heads, meta['loss'], state.get('negatives'), meta['temperature'], meta.get('answer', 1))
-    self = cls(create_encoder(meta['arch'], size=meta['size']), Decoder(*meta['decoder']), saliency,
+    self = cls(build_encoder(meta), Decoder(*meta['decoder']), saliency,
                state['v'], state['unit'], **{k:meta[k] for k in _noise_settings if k in meta})
     _load_state(self, state)
     self.to(memory_format=torch.channels_last)
