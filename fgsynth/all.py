@@ -29,13 +29,14 @@ from .data.loaders import *
 
 # %% ../nbs/05_all.ipynb #3f562bbe
 from .nets.networks import *
+from .nets.maps import *
+from .nets.masks import *
 from .nets.encoders import *
 from .nets.heads import *
 from .nets.codes import *
 from .nets.decoder import *
 from .nets.losses import *
 from .nets.saliency import *
-from .nets.maps import *
 
 # %% ../nbs/05_all.ipynb #112c8bdf
 from .methods.base import *
@@ -47,6 +48,8 @@ from .methods.dino import *
 from .methods.nnclr import *
 from .methods.mean_shift import *
 from .methods.contrastive_crop import *
+from .methods.lcr import *
+from .methods.sam_bilinear import *
 from .methods.health import *
 from .methods.state import *
 from .methods.learner import *

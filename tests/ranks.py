@@ -5,7 +5,7 @@ import torch, torch.distributed as dist
 from fastai.basics import *
 from fastai.callback.tracker import EarlyStoppingCallback
 from fastai.distributed import *
-from training import small_methods
+from training import Nothing, small_methods
 from torch import nn
 from fgsynth.core import InputError
 from fgsynth.data.items import Items
@@ -22,6 +22,7 @@ from fgsynth.methods.simsiam import SimSiam, SimSiamModel
 from fgsynth.methods.nnclr import NNCLR, NNCLRModel
 from fgsynth.methods.mean_shift import MeanShift, MeanShiftModel
 from fgsynth.methods.contrastive_crop import ContrastiveCrop
+from fgsynth.methods.lcr import LCR
 from fgsynth.methods.base import SSLMethod
 from fgsynth.methods.learner import ssl_learner
 from fgsynth.synth.callbacks import synth_pairs
@@ -83,7 +84,8 @@ def alike(out):
                  contrast=lambda: Contrast(views=two),
                  simsiam=lambda: Smooth(views=two),
                  nnclr=lambda: SmoothNNCLR(views=two),
-                 mean_shift=lambda: SmoothMeanShift(momentum=.9, views=two))
+                 mean_shift=lambda: SmoothMeanShift(momentum=.9, views=two),
+                 lcr=lambda: SmoothLCR(K=96, momentum=.9, views=two))
     runs = [(n,m,as_written) for n,m in kinds.items()]
     runs += [(f'{n}, defaults', kinds[n], no_noise) for n in ('mocov2','contrast')]
     runs += [('mocov2 alone', kinds['mocov2'], None)]
@@ -117,6 +119,13 @@ class SmoothNNCLR(NNCLR):
 class SmoothMeanShift(MeanShift):
     "And mean shift"
     def build(self, encoder, dls): return MeanShiftModel(encoder, MLPHead(128, 64, 16), MLPHead(16, 32, 16), 16, 96)
+
+class SmoothLCR(LCR):
+    "And a mask's head"
+    def build(self, encoder, dls):
+        model = super().build(encoder, dls)
+        for e in model.encoder,model.key_encoder: e.mask_head.bn = Nothing()
+        return model
 
 def everything():
     "All methods on real views, with images that do not come out even"
@@ -244,7 +253,7 @@ def alone():
     class Failing(nn.Module):
         def forward(self, x): return failing(x)
     try: features(Failing(), flock(8).train, distributed=True)
-    except (ZeroDivisionError,InputError) as e: print(rank(), type(e).__name__, flush=True)
+    except (ZeroDivisionError,InputError) as e: print(f'{rank()} {type(e).__name__}\n', end='', flush=True) # one write
 
 if __name__=='__main__':
     warnings.simplefilter('ignore')

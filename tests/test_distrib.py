@@ -40,7 +40,7 @@ def alone(forked, tmp_path_factory):
 
 @pytest.mark.parametrize('n', [2, 3])
 def test_like_one_process(forked, alone, n, tmp_path):
-    "Three steps of five methods with pairs: weights, queue and loss terms are those of one process on all images"
+    "Three steps of six methods with pairs: weights, queue and loss terms are those of one process on all images"
     got,one = by_ranks(forked, 'alike', n, tmp_path),alone['alike']
     assert got.keys()==one.keys() and len(got)>90
     for k in one: # a decoder with an Adam of its own makes much of small differences

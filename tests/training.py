@@ -13,12 +13,17 @@ from fgsynth.methods.learner import methods
 few = dict(hidden=64, dim=16) # widths that keep a method quick
 small_methods = {name:partial(cls, **dict(mocov2=dict(K=128), simsiam=dict(dim=64, bottleneck=16), byol=few,
                                           dino=dict(K=32, n_local=1, **few), mean_shift=few,
+                                          lcr=dict(K=128), sam_bilinear=dict(K=128, plain=.3),
                                           nnclr=dict(predictor_hidden=32, **few)).get(name, {}))
                  for name,cls in methods.items()}
 
 def small():
     "A small network without batch norm, so that float64 and float32 stay close"
     return Encoder(nn.Sequential(nn.Conv2d(3,8,3,2), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten()), 128)
+
+class Nothing(nn.Identity):
+    "In the place of a batch norm"
+    track_running_stats = True
 
 def unit(x): return x.double()/x.double().norm(dim=-1, keepdim=True)
 

@@ -15,20 +15,20 @@ from .mocov2 import MoCoV2
 # %% ../../nbs/methods/09_lcr.ipynb #6c867c29
 class MaskLearner(SSLMethod):
     "In front of a method: a mask on the encoder's map, which learns from the gradient of the method's loss"
+    mask_hidden = 32 # see `MaskHead`
     def __init__(self,
-        weight:float, # Of the mask's loss
-        hidden:int, # See `MaskHead`
-        min_side:int=2, # Fewest cells a side of the map
+        map_weight:float, # Of the mask's loss
+        map_side:int=2, # Fewest cells a side of the map
         **kwargs # Arguments of the method
     ):
         super().__init__(**kwargs)
-        store_attr('weight,hidden,min_side')
+        store_attr('map_weight,map_side')
     def map_loss(self, attention, maps, grads): "How far the attention (B, side, side) is from what the gradients say"
 
 # %% ../../nbs/methods/09_lcr.ipynb #321cecc7
 @patch
 def build(self:MaskLearner, encoder, dls):
-    model = super(MaskLearner, self).build(masked_encoder(encoder, dls.size, self.hidden, self.min_side), dls)
+    model = super(MaskLearner, self).build(masked_encoder(encoder, dls.size, self.mask_hidden, self.map_side), dls)
     model.heads = (*model.heads, 'encoder.mask_head')
     return model
 
@@ -50,7 +50,7 @@ def after_loss(self:MaskLearner):
     encoder,n = self.net.encoder,len(self.learn.xb[0])
     maps,grads = [o.float() for o in encoder.explain(self.learn.loss_grad*n)]
     with torch.autocast(maps.device.type, enabled=False):
-        self.add_loss('map_loss', self.map_loss(encoder.mask_head(maps), maps, grads), self.weight)
+        self.add_loss('map_loss', self.map_loss(encoder.mask_head(maps), maps, grads), self.map_weight)
 
 # %% ../../nbs/methods/09_lcr.ipynb #57a67f72
 def rationale(
@@ -79,12 +79,12 @@ class Rationale(MaskLearner):
     "In front of a method: learn a common rationale (Shu et al. 2023, arXiv 2303.01669)"
     def __init__(self,
         target:str='corrected', # See `rationale_loss`
-        weight:float=1.28, # Of the mask's loss, a mean over images: 0.01 of the sum over 128 (`nu` in main_moco.py)
-        min_side:int=2, # Fewest cells a side of the map; the authors' last has 7 x 7, or 14 x 14
+        map_weight:float=1.28, # Of the mask's loss, a mean over images: 0.01 of the sum over 128 (`nu` in main_moco.py)
+        map_side:int=2, # Fewest cells a side of the map; the authors' last has 7 x 7, or 14 x 14
         **kwargs # Arguments of the method
     ):
         self.target = check_name(target, ['corrected','released'], 'target')
-        super().__init__(weight, 32, min_side, **kwargs)
+        super().__init__(map_weight, map_side, **kwargs)
 
     def map_loss(self, attention, maps, grads):
         return rationale_loss(self.net.encoder.mask_head.mask(attention), maps, grads, self.target)

@@ -28,12 +28,15 @@ from .byol import BYOL
 from .dino import DINO
 from .nnclr import NNCLR
 from .mean_shift import MeanShift
+from .lcr import LCR
+from .sam_bilinear import SAMBilinear
 from .contrastive_crop import ContrastiveCrop
 from .health import HealthCallback
 from .state import SSLLearner, check_size
 
 # %% ../../nbs/methods/22_learner.ipynb #9836a84d
-methods = dict(mocov2=MoCoV2, simsiam=SimSiam, simclr=SimCLR, byol=BYOL, dino=DINO, nnclr=NNCLR, mean_shift=MeanShift)
+methods = dict(mocov2=MoCoV2, simsiam=SimSiam, simclr=SimCLR, byol=BYOL, dino=DINO, nnclr=NNCLR, mean_shift=MeanShift,
+               lcr=LCR, sam_bilinear=SAMBilinear)
 
 # %% ../../nbs/methods/22_learner.ipynb #7180fc15
 crops = dict(random=None, contrastive=ContrastiveCrop)

@@ -28,16 +28,17 @@ def attention_loss(
 # %% ../../nbs/methods/10_sam_bilinear.ipynb #1b4190d5
 class BilinearMask(MaskLearner):
     "In front of a method: features pooled by a self-boosting attention (Shu et al. 2022, arXiv 2208.06617)"
+    mask_hidden = 16
     def __init__(self,
         plain:float=0.027, # Share of the training with plain features (800 of 30,000 steps in main_bp_gradcam.py)
-        weight:float=0.64, # Of the mask's loss, a mean over images: 0.01 of the sum over 64 (`batch_size` there)
-        min_side:int=2, # Fewest cells a side of the map; the authors' last has 7 x 7
+        map_weight:float=0.64, # Of the mask's loss, a mean over images: 0.01 of the sum over 64 (`batch_size` there)
+        map_side:int=2, # Fewest cells a side of the map; the authors' last has 7 x 7
         **kwargs # Arguments of the method
     ):
         if not 0<=plain<=1:
             raise InputError(f"plain is {plain}: give a share of the training from 0 to 1.")
         self.plain = plain
-        super().__init__(weight, 16, min_side, **kwargs)
+        super().__init__(map_weight, map_side, **kwargs)
 
     def map_loss(self, attention, maps, grads):
         self.net.encoder.mask_head.mask(attention) # takes note of its extremes, also while the mask is off

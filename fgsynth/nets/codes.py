@@ -51,7 +51,7 @@ def forward(self:Coder,
     def stop(out):
         raise _Reached(out)
     try:
-        with hooked(self.encoder, self.layer, stop): self.encoder.forward(x) # the module itself may be compiled, which passes hooks by
+        with hooked(self.encoder, self.layer, stop): self.encoder.forward(x)
     except _Reached as e: return _check_map(e.args[0], self.layer)
     raise InputError(f"The encoder does not use its layer {self.layer!r}: choose another one.")
 

@@ -99,8 +99,8 @@ def explain(self:MaskedEncoder,
 # %% ../../nbs/nets/02_masks.ipynb #3f9aefbd
 @patch
 def form(self:MaskedEncoder)->dict:
-    mask = dict(layer=self.layer, C=self.mask_head.conv.in_channels, hidden=self.mask_head.conv.out_channels, on=self.on)
-    return Encoder.form(self) | dict(mask=mask)
+    hidden,C = self.mask_head.conv.weight.shape[:2]
+    return Encoder.form(self) | dict(mask=dict(layer=self.layer, C=C, hidden=hidden, on=self.on))
 
 @patch
 def finished(self:MaskedEncoder)->Encoder:

@@ -19,6 +19,7 @@ from ..core import InputError, check_name
 from ..data.images import RESIZES
 from ..data.crops import KEEP
 from ..data.datasets import is_data_set
+from ..methods.mocov2 import MoCoV2
 from ..methods.learner import crops, methods, ssl_learner
 from ..synth.callbacks import DecoderCallback, PerturbCallback, SynthCallback, SynthPairCallback
 from ..synth.controls import synth_modes
@@ -117,7 +118,7 @@ class Settings:
         resize:str='crop', # How pictures become squares: crop (their centre), or squish (the whole of them)
         crop:str='random', # Where crops lie: random, or contrastive (where the encoder sees something)
         bs:int=128, # Images in a batch
-        method:str='mocov2', # Self-supervised method: mocov2, simsiam, simclr, byol, dino, nnclr or mean_shift
+        method:str='mocov2', # Method: mocov2, simsiam, simclr, byol, dino, nnclr, mean_shift, lcr or sam_bilinear
         synth:str='both', # Pairs: none, both noises, cam, low_var, random; reconstruction, jitter, views or within
         epochs:int=5, # Passes over the training images
         pretrain_epochs:int=10, # Passes of the decoder before that, with the encoder frozen
@@ -211,7 +212,7 @@ def method_settings(self:Settings)->dict: # Arguments of the method's class
     for k in given:
         if k not in takes:
             raise InputError(f"The method {self.method!r} has no {k}: leave out --{k}.")
-    return given | (dict(momentum=self.momentum) if self.method=='mocov2' else {})
+    return given | (dict(momentum=self.momentum) if issubclass(methods[self.method], MoCoV2) else {})
 
 # %% ../../nbs/runs/00_presets.ipynb #6a05ee3d
 optimizers = dict(sgd=inspect.signature(ssl_learner).parameters['opt_func'].default, adamw=Adam,
