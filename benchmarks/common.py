@@ -2,7 +2,7 @@
 import json, platform, statistics, subprocess, sys, time
 from pathlib import Path
 import torch, torchvision, fastai, fgsynth
-from fgsynth.runs.table import code_commit, machine_name
+from fgsynth.runs.rows import code_commit, machine_name
 
 root = Path(__file__).resolve().parent.parent
 gtsrb = root.parent/'shared/data/gtsrb'

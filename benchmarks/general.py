@@ -13,7 +13,7 @@ from pathlib import Path
 from fastcore.script import call_parse, store_true
 from fgsynth.core import InputError
 from fgsynth.runs.presets import Settings
-from fgsynth.runs.table import find_runs, read_runs, run_missing
+from fgsynth.runs.rows import find_runs, read_runs, run_missing
 from common import root
 
 def seconds_of(out, s, split):

@@ -15,7 +15,7 @@ from fgsynth.evaluate.measures import evaluate
 from fgsynth.nets.encoders import create_encoder, load_encoder
 from fgsynth.runs.measure import read_complete_run
 from fgsynth.runs.presets import Settings, pair_defaults
-from fgsynth.runs.table import append_run, code_commit, find_runs, machine_name, read_runs, row_key
+from fgsynth.runs.rows import append_run, code_commit, find_runs, machine_name, read_runs, row_key
 from fgsynth.runs.train import estimate, run_items, train
 from fgsynth.synth.callbacks import PAPER
 import torch

@@ -10,7 +10,7 @@ from figures import without_figures
 from fgsynth.data.finches import finches
 from fgsynth.methods.learner import methods
 from fgsynth.nets.encoders import load_encoder
-from fgsynth.runs.table import read_runs
+from fgsynth.runs.rows import read_runs
 from fgsynth.synth.controls import synth_modes
 from fgsynth.synth.perturb import MODES
 

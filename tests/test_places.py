@@ -14,7 +14,7 @@ from fgsynth.runs import measure
 from fgsynth.runs.measure import evaluate_run
 from fgsynth.runs.presets import Settings, origins
 from fgsynth.runs.report import images_of_run
-from fgsynth.runs.table import row_key
+from fgsynth.runs.rows import row_key
 from fgsynth.runs.train import run_to_resume, train
 
 def draw(folder, seed, n=40):

@@ -3,10 +3,11 @@ import pytest, pandas as pd
 from fgsynth.core import InputError
 from fgsynth.data.datasets import get_dataset
 from fgsynth.evaluate.measures import evaluate
-from fgsynth.runs import table as experiments_room
+from fgsynth.runs import rows as experiments_room
 from fgsynth.runs.compare import differences, means, measure_names, paired, runs_of, summary
 from fgsynth.runs.presets import Settings, preset_names
-from fgsynth.runs.table import experiments, find_runs, read_runs, row_key, run_columns, table, vary, wanted_runs
+from fgsynth.runs.rows import find_runs, read_runs, row_key, run_columns
+from fgsynth.runs.table import experiments, table, vary, wanted_runs
 from fgsynth.runs.train import fit_run, make_learner
 
 @pytest.fixture(scope='module')

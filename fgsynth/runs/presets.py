@@ -204,6 +204,11 @@ def pair_settings(self:Settings)->dict: # Arguments of `synth_callbacks`
 
 # %% ../../nbs/runs/00_presets.ipynb #36d9ef2b
 @patch
+def takes_momentum(self:Settings)->bool:
+    "Is it MoCo v2, or something in front of it? Other slow copies keep their authors' momentum"
+    return issubclass(methods.get(self.method, object), MoCoV2)
+
+@patch
 def method_settings(self:Settings)->dict: # Arguments of the method's class
     "What the settings say about the method"
     takes = inspect.signature(methods[self.method]).parameters
@@ -212,7 +217,7 @@ def method_settings(self:Settings)->dict: # Arguments of the method's class
     for k in given:
         if k not in takes:
             raise InputError(f"The method {self.method!r} has no {k}: leave out --{k}.")
-    return given | (dict(momentum=self.momentum) if issubclass(methods[self.method], MoCoV2) else {})
+    return given | (dict(momentum=self.momentum) if self.takes_momentum() else {})
 
 # %% ../../nbs/runs/00_presets.ipynb #6a05ee3d
 optimizers = dict(sgd=inspect.signature(ssl_learner).parameters['opt_func'].default, adamw=Adam,
