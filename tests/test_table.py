@@ -1,4 +1,5 @@
 "Experiments: what a run is, the file of runs, and differences between configurations"
+import random
 import pytest, pandas as pd
 from fgsynth.core import InputError
 from fgsynth.data.datasets import get_dataset
@@ -8,6 +9,7 @@ from fgsynth.runs.compare import differences, means, measure_names, paired, runs
 from fgsynth.runs.presets import Settings, preset_names
 from fgsynth.runs.rows import find_runs, read_runs, row_key, run_columns
 from fgsynth.runs.table import experiments, table, vary, wanted_runs
+from fgsynth.runs.tournament import competitor, measure_ceiling, next_trial
 from fgsynth.runs.train import fit_run, make_learner
 
 @pytest.fixture(scope='module')
@@ -116,3 +118,46 @@ def test_a_clear_difference_is_bold():
 def test_a_summary_compares_only_what_shares_two_seeds(runs):
     assert list(summary(runs).index)==['none','cam','cam - none']
     assert list(summary(runs[:2]).index)==['none','cam']
+
+# the tournament
+
+def test_the_winner_of_a_search_is_that_of_a_full_comparison(tmp_path):
+    "Three rates, and faster heads at the best of them, whatever the order in which they are good"
+    rng,s = random.Random(3),competitor('byol', 'smoke', data='finches')
+    for _ in range(20):
+        goodness,rows = {},[]
+        trial,over = next_trial(s, frame(rows))
+        while not over:
+            goodness[trial.lr,trial.head_mult] = good = rng.random()
+            rows.append(dict(row_key(trial, 'validation'), top1_100=good, top1_20=2*good, map=-good))
+            trial,over = next_trial(s, frame(rows))
+        assert len(goodness)==4 and (trial.lr, trial.head_mult)==max(goodness, key=goodness.get)
+
+def frame(rows): return pd.DataFrame(rows or [dict(row_key(Settings(), 'test'), top1_100=0., top1_20=0., map=0.)])
+
+def test_test_images_choose_nothing():
+    "Rows of the same settings on test images are not looked at"
+    s = competitor('byol', 'smoke', data='finches')
+    rows = [dict(row_key(s.changed(lr=float(f'{s.lr*f:.2g}')), 'test'), top1_100=f, top1_20=0., map=0.) for f in (1/3,1,3)]
+    trial,over = next_trial(s, frame(rows))
+    assert not over and trial.lr==float(f'{s.lr/3:.2g}')
+
+def test_momentum_is_a_setting_of_moco_and_what_stands_in_front_of_it():
+    taken = {m:row_key(Settings(method=m, momentum=.5))['momentum'] for m in ('mocov2','lcr','sam_bilinear','byol')}
+    assert taken==dict(mocov2='0.5', lcr='0.5', sam_bilinear='0.5', byol='')
+
+@pytest.mark.parametrize('given,said', [(dict(only='mocov3'), "no competitor 'mocov3'"),
+                                        (dict(validation=True), 'holds images out by itself')])
+def test_a_tournament_that_cannot_be(tmp_path, given, said):
+    with pytest.raises(InputError, match=said):
+        table('tournament', data='finches', seeds=1, preset='smoke', out=tmp_path/'runs.csv', dry_run=True, **given)
+
+def test_competitors_belong_to_a_tournament(tmp_path):
+    with pytest.raises(InputError, match='no competitors'):
+        table('trial', data='finches', preset='smoke', out=tmp_path/'runs.csv', only='mocov2')
+
+def test_the_ceiling_learns_from_labels(items):
+    "After a few epochs its encoder separates the classes better than one that has seen nothing"
+    s = competitor('supervised', 'smoke', data='finches', epochs=8, lr=.1)
+    row,start = [measure_ceiling(s.changed(epochs=n), items) for n in (8,0)]
+    assert row['top1_100']>start['top1_100']+5 and row['method']=='supervised' and row['cpu_seconds']>start['cpu_seconds']

@@ -131,6 +131,10 @@ def table(
     check_name(name, [*experiments, 'shake', 'tournament'], 'experiment')
     if seeds<1:
         raise InputError(f"--seeds is {seeds}: give a number from 1 up.")
+    if only and name!='tournament':
+        raise InputError(f"{name!r} has no competitors: leave out --only.")
+    if validation and name in ('shake','tournament'):
+        raise InputError(f"{name!r} holds images out by itself where it has to: leave out --validation.")
     split,out,seeds = 'validation' if validation else 'test',Path(out),range(first_seed, first_seed+seeds)
     with if_interrupted('the same command goes on with what is missing'):
         if name=='shake': return shake_runs(out.parent/'shake.csv', seeds, preset, data, path)
