@@ -50,6 +50,7 @@ from .methods.mean_shift import *
 from .methods.contrastive_crop import *
 from .methods.lcr import *
 from .methods.sam_bilinear import *
+from .methods.lewel import *
 from .methods.health import *
 from .methods.state import *
 from .methods.learner import *

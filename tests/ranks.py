@@ -5,7 +5,7 @@ import torch, torch.distributed as dist
 from fastai.basics import *
 from fastai.callback.tracker import EarlyStoppingCallback
 from fastai.distributed import *
-from training import Nothing, small_methods
+from training import Nothing, side_for, small_methods
 from torch import nn
 from fgsynth.core import InputError
 from fgsynth.data.items import Items
@@ -29,11 +29,11 @@ from fgsynth.synth.callbacks import synth_pairs
 
 torch.set_num_threads(1)
 
-def net(bn=False):
+def net(bn=False, side=4):
     torch.manual_seed(0)
     norm = nn.BatchNorm2d(8) if bn else nn.Identity()
-    body = nn.Sequential(nn.Conv2d(3, 8, 5, 4), norm, nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten())
-    return Encoder(body, 128)
+    body = nn.Sequential(nn.Conv2d(3, 8, 5, 4), norm, nn.ReLU(), nn.AdaptiveAvgPool2d(side), nn.Flatten())
+    return Encoder(body, 8*side**2)
 
 def flock(n):
     x = draw_finches([i%8 for i in range(n)], 32, seed=5)[0]
@@ -41,13 +41,13 @@ def flock(n):
 
 def two(x, *n): return [x, x.flip(3)] # views that nothing random is in
 
-def train(method, n, bs, epochs, still=False, bn=False, cbs=None, items=None, valid_pct=0.):
+def train(method, n, bs, epochs, still=False, bn=False, cbs=None, items=None, valid_pct=0., side=4):
     "A learner after some epochs; `still`: images in their order"
     dls = ssl_dls(items or flock(n), size=32, bs=bs, valid_pct=valid_pct, cache='auto' if items is None else False)
     if still: dls.train.shuffle = False
     torch.manual_seed(1)
     if cbs is None: cbs = synth_pairs(decoder_width=8)
-    learn = ssl_learner(dls, net(bn), method, cbs=cbs, frozen_bn=not bn)
+    learn = ssl_learner(dls, net(bn, side), method, cbs=cbs, frozen_bn=not bn)
     with processes(learn): learn.fit(epochs, .05)
     return learn
 
@@ -146,7 +146,7 @@ def everything():
             assert torch.allclose(keys, unshuffled, atol=1e-5)!=(shuffled and not frozen and training)
     for name in sorted(small_methods):
         for bn in (False,True) if name=='mocov2' else (True,):
-            learn = train(small_methods[name](), 50, 8, 2, bn=bn)
+            learn = train(small_methods[name](), 50, 8, 2, bn=bn, side=side_for(name))
             assert same_everywhere(learn, 'running_', 'num_batches'), name
             assert not gather(torch.rand(3)).view(world(), 3).diff(dim=0).eq(0).any(), 'every process drew the same'
             assert len(learn.recorder.losses)==2*(-(-50//world())//8), learn.recorder.losses

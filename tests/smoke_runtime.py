@@ -31,7 +31,7 @@ def main():
     set_seed(0)
     items = get_dataset('finches', n_train=256, n_test=128, size=32)
     for method in map(get_method, methods):
-        dls = ssl_dls(items, size=32, bs=32)
+        dls = ssl_dls(items, size=64 if isinstance(method, LEWEL) else 32, bs=32)
         learn = ssl_learner(dls, 'resnet18', method, cbs=synth_pairs())
         learn.pretrain_decoder(1)
         learn.fit(1, 0.03)

@@ -74,8 +74,9 @@ drawn = {('within','mocov2'), ('both','dino')}
 @pytest.mark.parametrize('synth,method', [*product(synth_modes, ['mocov2']), ('cam','simsiam'),
                                           *product(['both'], sorted(set(methods)-{'mocov2'}))])
 def test_every_method_and_mode(synth, method, photos, tmp_path, monkeypatch):
+    larger = ['--size', 64] if method=='lewel' else [] # whose cells are to be as long as its features
     with nullcontext() if (synth,method) in drawn else without_figures():
-        call(monkeypatch, 'fgsynth_train', '--data', photos, *small, '--method', method, '--synth', synth,
+        call(monkeypatch, 'fgsynth_train', '--data', photos, *small, *larger, '--method', method, '--synth', synth,
              '--out', tmp_path/'run')
     assert (tmp_path/'run/synth.safetensors').exists() == (synth in (*MODES, 'within'))
 

@@ -1,5 +1,5 @@
 "The methods: each against its own implementation in float64, and what their models keep"
-import inspect, math, warnings
+import inspect, math, random, warnings
 from copy import deepcopy
 from types import SimpleNamespace
 import pytest, torch
@@ -11,7 +11,7 @@ from fgsynth.core import InputError
 from fgsynth.data.datasets import get_dataset
 from fgsynth.data.loaders import ssl_dls
 from fgsynth.nets.encoders import create_encoder
-from fgsynth.nets.networks import num_features
+from fgsynth.nets.networks import Encoder, num_features
 from fgsynth.nets.heads import MLPHead
 from fgsynth.nets.losses import info_nce
 from fgsynth.nets.saliency import Saliency, saliency_for_pictures
@@ -23,9 +23,10 @@ from fgsynth.methods.byol import BYOL
 from fgsynth.methods.dino import DINO
 from fgsynth.methods.nnclr import NNCLR
 from fgsynth.methods.mean_shift import MeanShift
+from fgsynth.methods.lewel import LEWEL
 from fgsynth.methods.learner import ssl_learner
 from fgsynth.synth.callbacks import synth_pairs
-from training import KeepViews, close, move, next_losses, quietly, replay, small, small_methods, unit
+from training import KeepViews, close, move, next_losses, quietly, replay, side_for, small, small_methods, unit
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 
@@ -122,10 +123,10 @@ def test_batch_norm_learns_by_default(model): assert inspect.signature(model).pa
 
 # each method against another implementation
 
-def kept(dls, method, lr=.05, seed=1, prepare=lambda model: None, **kw):
+def kept(dls, method, lr=.05, seed=1, prepare=lambda model: None, side=4, **kw):
     "A learner after one epoch, its model before that in float64, and what it saw"
     set_seed(seed); keep = KeepViews()
-    learn = ssl_learner(dls, small(), method, cbs=keep, **kw); prepare(learn.model)
+    learn = ssl_learner(dls, small(side), method, cbs=keep, **kw); prepare(learn.model)
     ref = deepcopy(learn.model).double().train()
     return quietly(learn, 1, lr),ref,keep.seen
 
@@ -254,6 +255,45 @@ def test_mean_shift(dls):
     assert close([s[-1] for s in seen], replay(seen, trained, loss_of, after_step), 1e-3)
     assert same_weights(learn, ref, 'encoder', 'key_encoder')
 
+def test_lewel(dls):
+    "Image by image and map by map, with convolutions where the method has linear layers, and a momentum that rises"
+    H,K,scale,share = 2,12,.1,.3
+    method = LEWEL(momentum=.5, hidden=32, dim=K, n_heads=H, scale=scale, share=share)
+    dls.train.rng = random.Random(0) # a ReLU near zero may differ between float32 and float64
+    learn,ref,seen = kept(dls, method, side=1)
+    assert learn.model.layer[:2]==('body.0', 15)
+    def mlp(head, x): # of (B, C, n)
+        first,bn,_,last = head
+        x = nn.functional.conv1d(x, first.weight[...,None])
+        x = (x-x.mean((0,2), keepdim=True))/(x.var((0,2), correction=0, keepdim=True)+bn.eps)**.5
+        x = (x*bn.weight[:,None]+bn.bias[:,None]).clamp(min=0)
+        return nn.functional.conv1d(x, last.weight[...,None], last.bias)
+    def aligned(x, out): # (C, S) and (K, S) of one image
+        maps,C = (out/out.norm(dim=0)/scale).exp(),len(x)
+        maps = maps/maps.sum(1, keepdim=True)
+        return torch.stack([torch.cat([x[h*C//H:(h+1)*C//H]@maps[h*K//H+k] for h in range(H)]) for k in range(K//H)], 1)
+    def embed(v, copy=''):
+        f,g,a = [getattr(ref, copy+n) for n in ('encoder','projector','aligned_projector')]
+        x = f.body[0]((v-f.mean)/f.std).flatten(2)
+        out = mlp(g, torch.cat([x.clamp(min=0).mean(2, keepdim=True), x], 2)) # a ReLU follows the map
+        return out[...,:1], mlp(a, torch.stack([aligned(i, o) for i,o in zip(x, out[...,1:])]))
+    def far(p, t): return 2 - 2*(p/p.norm(dim=1, keepdim=True)*t/t.norm(dim=1, keepdim=True)).sum(1).mean()
+    def loss_of(*views):
+        with torch.no_grad(): targets = [embed(v, 'key_') for v in views]
+        loss = 0
+        for v,(t,u) in zip(views, targets[::-1]):
+            g,a = embed(v)
+            loss = loss + share*far(mlp(ref.predictor, g), t) + (1-share)*far(mlp(ref.aligned_predictor, a), u)
+        return loss
+    def after_step(i):
+        for n in 'encoder','projector','aligned_projector':
+            move(getattr(ref, f'key_{n}'), getattr(ref, n), rising(.5, i, len(seen)))
+    online = [p for n,p in ref.named_parameters() if not n.startswith('key_')]
+    assert close([s[-1] for s in seen], replay(seen, online, loss_of, after_step), 1e-3)
+    assert same_weights(learn, ref, 'encoder', 'key_encoder')
+    for n in 'aligned_predictor','aligned_projector','key_aligned_projector':
+        assert close(getattr(learn.model, n)[-1].weight, getattr(ref, n)[-1].weight, 1e-3), n
+
 @pytest.mark.parametrize('method', [NNCLR(hidden=64, predictor_hidden=32, dim=16), MeanShift(hidden=64, dim=16)])
 def test_neighbours_in_bfloat16_and_of_a_batch_without_indices(dls, method):
     "Losses are float32; what was seen has no index where nobody knows the batch"
@@ -295,8 +335,9 @@ def test_purity_by_loops():
 def test_nothing_is_lost_by_saving(dls, tmp_path, name):
     "Saved and loaded, queue, target and centre included, the next losses are the same to the bit"
     set_seed(3)
-    a = quietly(ssl_learner(dls, small(), small_methods[name](), path=tmp_path)); a.save('half_way')
-    b = ssl_learner(dls, small(), small_methods[name](), path=tmp_path); b.create_opt(); b.load('half_way')
+    def learner(): return ssl_learner(dls, small(side_for(name)), small_methods[name](), path=tmp_path)
+    a = quietly(learner()); a.save('half_way')
+    b = learner(); b.create_opt(); b.load('half_way')
     assert next_losses(a)==next_losses(b)
 
 # MoCo v2
@@ -429,3 +470,69 @@ def test_encoder_of_fixed_size_gets_small_crops_of_that_size(dls):
     assert learn.model.prototypes.weight.grad.abs().sum()>0
     with torch.autocast('cpu', torch.bfloat16): out = learn.model(*torch.rand(3,8,3,32,32)); loss = learn.ssl.loss(*out)
     assert (out[0].dtype, loss.dtype)==(torch.float32,)*2
+
+# LEWEL
+
+def lewel(**kw): return LEWEL(**(dict(hidden=32, dim=16) | kw))
+
+@pytest.mark.parametrize('kw,words', [(dict(n_heads=3), '16 alignment maps cannot be split into 3 heads'),
+    (dict(n_heads=0), 'into 0 heads'), (dict(n_heads=16), '8 channels cannot be split into 16 heads')])
+def test_heads_of_lewel_that_do_not_divide(dls, kw, words):
+    with pytest.raises(InputError, match=words): ssl_learner(dls, small(1), lewel(**kw))
+
+@pytest.mark.parametrize('arch,words', [(small(), '8 channels and its features 128'),
+    (Encoder(nn.Sequential(nn.Flatten(), nn.Linear(3*32*32, 8)), 8, size=32), 'no feature map'),
+    ('timm/test_byobnet', 'take larger images')])
+def test_lewel_needs_a_map_as_wide_as_its_features(dls, arch, words):
+    with pytest.raises(InputError, match=words): ssl_learner(dls, arch, lewel())
+
+@pytest.mark.parametrize('arch', ['resnet18', 'timm/test_vit', 'timm/test_convnext', 'densenet121'])
+def test_lewel_on_networks_of_all_kinds(items, arch):
+    "Features are the encoder's own, and every part that is to learn gets a gradient; batches of two are enough"
+    learn = ssl_learner(ssl_dls(items, size=64, bs=2), arch, lewel()); m,x = learn.model,torch.rand(2,2,3,64,64)
+    learn.ssl.loss(*m(*x)).backward()
+    none = {n.split('.')[0] for n,p in m.named_parameters() if p.requires_grad and p.grad is None}
+    assert not none and all(p.grad.isfinite().all() for p in m.parameters() if p.requires_grad)
+    m.eval(); m(*x)
+    assert close(m.last_features, m.encoder(x[0]), 1e-5)
+    last = {n:int(l.num_batches_tracked) for n,l in m.named_modules() if n in ('projector.1','key_projector.1')}
+    assert set(last.values())=={2} # once for each view
+
+def test_map_and_feature_are_of_one_pass(dls):
+    "Of a network with dropout in it, too, and through a network that was compiled"
+    body = nn.Sequential(nn.Conv2d(3,8,3,2), nn.Dropout(.5), nn.Conv2d(8,8,1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    learn = ssl_learner(dls, Encoder(body, 8), lewel(), compile=dict(backend='eager')); m = learn.model.train()
+    seen = []
+    hook = m.projector.register_forward_pre_hook(lambda _, x: seen.append(x[0].unflatten(0, (4,-1))))
+    m(*torch.rand(2,4,3,32,32)); hook.remove()
+    assert len(seen)==2 and all(close(rows[:,0], rows[:,1:].mean(1)) for rows in seen)
+
+def test_lewel_in_bfloat16_and_with_views_of_two_sizes(dls):
+    learn = ssl_learner(dls, small(1), lewel())
+    with torch.autocast('cpu', torch.bfloat16):
+        loss = learn.ssl.loss(*learn.model(torch.rand(8,3,32,32), torch.rand(8,3,48,48)))
+    loss.backward()
+    assert loss.dtype==torch.float32 and all(p.grad.isfinite().all() for p in learn.model.projector.parameters())
+
+@pytest.mark.parametrize('x', [torch.zeros(4,3,64,64), torch.rand(4,3,1,1).expand(4,3,64,64)])
+def test_lewel_of_images_of_one_colour(items, x):
+    "All the same, and each another"
+    set_seed(0)
+    learn = ssl_learner(ssl_dls(items, size=64, bs=4), 'timm/test_byobnet', lewel())
+    loss = learn.ssl.loss(*learn.model(x, x)); loss.backward()
+    assert loss.isfinite() and all(p.grad.abs().max()<1e3 for p in learn.model.parameters() if p.grad is not None)
+
+def test_pairs_of_lewel_are_those_of_byol(dls):
+    "By the loss of features alone, and without a gradient for the target"
+    learn = ssl_learner(dls, small(1), lewel()); m = learn.model.eval(); z1,z2,z3 = torch.randn(3,5,8)
+    def apart(p, t): return (unit(p)-unit(t)).pow(2).sum(1).mean()
+    p1,p2 = [m.predictor(m.projector(z)) for z in (z1, z2)]; t1,t2 = [m.key_projector(z) for z in (z1, z2)]
+    assert close(learn.ssl.pair_loss(z1, z2), apart(p1, t2) + apart(p2, t1), 1e-5)
+    out = m(*torch.rand(2,5,3,32,32)); p3,t3 = m.predictor(m.projector(z3)),m.key_projector(z3)
+    assert close(learn.ssl.view_loss(out, z3), apart(out[0], t3) + apart(p3, out[2]), 1e-5)
+    e = learn.ssl.saliency(); assert close(e(z1, t2), -(unit(p1)*unit(t2)).sum(), 1e-4)
+
+def test_the_table_of_lewel_has_both_halves(dls):
+    recorder = quietly(ssl_learner(dls, small(1), lewel(share=0))).recorder
+    values = dict(zip(recorder.metric_names[1:], recorder.values[-1]))
+    assert close(values['aligned_loss'], values['ssl_loss'], 1e-6)

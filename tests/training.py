@@ -12,14 +12,19 @@ from fgsynth.methods.learner import methods
 
 few = dict(hidden=64, dim=16) # widths that keep a method quick
 small_methods = {name:partial(cls, **dict(mocov2=dict(K=128), simsiam=dict(dim=64, bottleneck=16), byol=few,
-                                          dino=dict(K=32, n_local=1, **few), mean_shift=few,
+                                          dino=dict(K=32, n_local=1, **few), mean_shift=few, lewel=few,
                                           lcr=dict(K=128), sam_bilinear=dict(K=128, plain=.3),
                                           nnclr=dict(predictor_hidden=32, **few)).get(name, {}))
                  for name,cls in methods.items()}
 
-def small():
-    "A small network without batch norm, so that float64 and float32 stay close"
-    return Encoder(nn.Sequential(nn.Conv2d(3,8,3,2), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten()), 128)
+def small(side=4):
+    "A small network without batch norm, so that float64 and float32 stay close; its features are side*side cells long"
+    body = nn.Sequential(nn.Conv2d(3,8,3,2), nn.ReLU(), nn.AdaptiveAvgPool2d(side), nn.Flatten())
+    return Encoder(body, 8*side**2)
+
+def side_for(name):
+    "What `small` is to be given for a method: LEWEL's features are as long as a cell of its map"
+    return 1 if name=='lewel' else 4
 
 class Nothing(nn.Identity):
     "In the place of a batch norm"

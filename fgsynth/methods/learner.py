@@ -30,13 +30,14 @@ from .nnclr import NNCLR
 from .mean_shift import MeanShift
 from .lcr import LCR
 from .sam_bilinear import SAMBilinear
+from .lewel import LEWEL
 from .contrastive_crop import ContrastiveCrop
 from .health import HealthCallback
 from .state import SSLLearner, check_size
 
 # %% ../../nbs/methods/22_learner.ipynb #9836a84d
 methods = dict(mocov2=MoCoV2, simsiam=SimSiam, simclr=SimCLR, byol=BYOL, dino=DINO, nnclr=NNCLR, mean_shift=MeanShift,
-               lcr=LCR, sam_bilinear=SAMBilinear)
+               lcr=LCR, sam_bilinear=SAMBilinear, lewel=LEWEL)
 
 # %% ../../nbs/methods/22_learner.ipynb #7180fc15
 crops = dict(random=None, contrastive=ContrastiveCrop)

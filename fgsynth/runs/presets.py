@@ -118,7 +118,7 @@ class Settings:
         resize:str='crop', # How pictures become squares: crop (their centre), or squish (the whole of them)
         crop:str='random', # Where crops lie: random, or contrastive (where the encoder sees something)
         bs:int=128, # Images in a batch
-        method:str='mocov2', # Method: mocov2, simsiam, simclr, byol, dino, nnclr, mean_shift, lcr or sam_bilinear
+        method:str='mocov2', # mocov2, simsiam, simclr, byol, dino, nnclr, mean_shift, lcr, sam_bilinear or lewel
         synth:str='both', # Pairs: none, both noises, cam, low_var, random; reconstruction, jitter, views or within
         epochs:int=5, # Passes over the training images
         pretrain_epochs:int=10, # Passes of the decoder before that, with the encoder frozen
