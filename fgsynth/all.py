@@ -51,6 +51,8 @@ from .methods.contrastive_crop import *
 from .methods.lcr import *
 from .methods.sam_bilinear import *
 from .methods.lewel import *
+from .methods.dilo import *
+from .methods.cvsa import *
 from .methods.health import *
 from .methods.state import *
 from .methods.learner import *

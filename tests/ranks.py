@@ -10,6 +10,7 @@ from torch import nn
 from fgsynth.core import InputError
 from fgsynth.data.items import Items
 from fgsynth.data.loaders import ssl_dls
+from fgsynth.data.views import whole_views
 from fgsynth.distrib import Shuffle, gather, gather_with_grad, join_processes, rank, world
 from fgsynth.evaluate.measures import evaluate
 from fgsynth.evaluate.features import features
@@ -23,6 +24,8 @@ from fgsynth.methods.nnclr import NNCLR, NNCLRModel
 from fgsynth.methods.mean_shift import MeanShift, MeanShiftModel
 from fgsynth.methods.contrastive_crop import ContrastiveCrop
 from fgsynth.methods.lcr import LCR
+from fgsynth.methods.dilo import DiLo
+from fgsynth.methods.cvsa import CVSA
 from fgsynth.methods.base import SSLMethod
 from fgsynth.methods.learner import ssl_learner
 from fgsynth.synth.callbacks import synth_pairs
@@ -98,6 +101,14 @@ def alike(out):
     crops = train(Smooth(views=two), 48, 48//world_size, 3, still=True, cbs=[ContrastiveCrop(every=.4, threshold=.5)])
     if world_size>1: assert same_everywhere(crops), 'crops'
     res |= {f'crops.{k}':v for k,v in state(crops).items()}
+    plain = whole_views(32, 2, p_jitter=0, p_grey=0, p_blur=0)
+    for name,cb in dict(dilo=DiLo(p_keep=1, every=.4), cvsa=CVSA(p_swap=0, every=.4),
+                        given=DiLo(p_keep=0, p_blur=0, saliency=lambda x: torch.ones_like(x[:,0]))).items():
+        learn = train(Smooth(views=plain), 48, 48//world_size, 3, still=True, cbs=[cb])
+        if world_size>1: assert same_everywhere(learn), name
+        assert learn.model.masks.any()
+        terms = {k:v for k,v in columns(learn).items() if k in ('ssl_loss','align_loss')}
+        res |= {f'{name}.{k}':v for k,v in (state(learn) | terms).items()}
     learn = train(Smooth(views=two), 60, 48//world_size, 2, still=True, valid_pct=.2, cbs=synth_pairs(**as_written))
     valid = {k:v for k,v in columns(learn).items() if 'valid' in k and k!='valid_feat_std'} # which is of a batch
     res |= {f'with a validation part.{k}':v for k,v in valid.items()}

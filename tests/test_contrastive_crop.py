@@ -19,7 +19,7 @@ from fgsynth.nets.networks import Encoder
 from fgsynth.runs.resume import CheckpointCallback
 from fgsynth.synth.callbacks import synth_pairs
 from tiny import save
-from training import close, quietly, small_methods
+from training import arch_for, close, quietly, small_methods
 
 @pytest.fixture(scope='module')
 def items(): return get_dataset('finches', n_train=64, n_test=8, size=48)
@@ -147,11 +147,10 @@ def test_beside_every_method_and_pairs(dls, name):
         def before_epoch(self):
             if self.epoch==1: self.encoder = {k:v.clone() for k,v in self.model.encoder.state_dict().items()}
     cbs = [Kept(), ContrastiveCrop(every=.5, threshold=.5), *synth_pairs(decoder_width=8)]
-    arch = 'timm/test_vit' if name=='lewel' else 'timm/test_byobnet' # whose cells are as long as its features
-    learn = ssl_learner(dls, arch, small_methods[name](), cbs=cbs)
+    learn = ssl_learner(dls, arch_for(name), small_methods[name](), cbs=cbs)
     assert not learn.model.boxes.any() # none are drawn, so crops are the method's own
     quietly(learn, 2, .03)
-    enc = create_encoder(arch, size=32); enc.load_state_dict(learn.kept.encoder)
+    enc = create_encoder(arch_for(name), size=32); enc.load_state_dict(learn.kept.encoder)
     x = dls.items.load('train', 48, whole=True)[0].float()/255
     want = locate(enc, nn.functional.interpolate(x, 32, mode='bilinear', antialias=True), 32, .5)
     assert close(learn.model.boxes, want, 1/32+1e-6) and learn.model.boxes.std()>0

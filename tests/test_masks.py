@@ -5,7 +5,7 @@ import pytest, torch
 from torch import nn
 from fastai.callback.core import Callback
 from fastai.torch_core import set_seed
-from training import KeepViews, Nothing, close, move, quietly, replay, small, small_methods, unit
+from training import KeepViews, Nothing, arch_for, close, move, quietly, replay, small, small_methods, unit
 from fgsynth.core import InputError
 from fgsynth.data.datasets import get_dataset
 from fgsynth.data.items import Items
@@ -160,8 +160,7 @@ def test_a_whole_training_in_float64(dls, kind):
 @pytest.mark.parametrize('name', plain_methods)
 @pytest.mark.parametrize('mask', [Rationale, BilinearMask])
 def test_beside_every_method_and_pairs(dls, name, mask):
-    arch = 'timm/test_vit' if name=='lewel' else 'timm/test_byobnet' # whose cells are as long as its features
-    learn = ssl_learner(dls, arch, beside(mask, name), cbs=synth_pairs(decoder_width=8))
+    learn = ssl_learner(dls, arch_for(name), beside(mask, name), cbs=synth_pairs(decoder_width=8))
     before = learn.model.encoder.mask_head.conv.weight.clone()
     quietly(learn, 2, .03)
     assert learn.recorder.losses[-1].isfinite() and not before.equal(learn.model.encoder.mask_head.conv.weight)

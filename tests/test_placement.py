@@ -9,6 +9,7 @@ from fgsynth.data import loaders
 from fgsynth.data.datasets import get_dataset
 from fgsynth.data.loaders import labelled_dls, ssl_dls
 from fgsynth.methods.learner import methods, ssl_learner
+from training import arch_for
 from fgsynth.runs import measure, train as training
 from fgsynth.synth.callbacks import synth_pairs
 
@@ -51,8 +52,7 @@ def test_loaders_and_models_are_made_on_the_own_device(name, monkeypatch):
     monkeypatch.setattr(loaders, 'own_device', lambda: torch.device('meta'))
     items = get_dataset('finches', n_train=32, n_test=8, size=32)
     assert labelled_dls(items, size=32, bs=8).device.type=='meta'
-    arch = 'timm/test_vit' if name=='lewel' else 'timm/test_byobnet' # whose cells are as long as its features
-    learn = ssl_learner(ssl_dls(items, size=32, bs=8), arch, name, cbs=synth_pairs(decoder_width=8))
+    learn = ssl_learner(ssl_dls(items, size=32, bs=8), arch_for(name), name, cbs=synth_pairs(decoder_width=8))
     named = [*learn.model.named_parameters(), *learn.model.named_buffers()]
     assert not [k for k,t in named if t.device.type!='meta'] and len(named)>50
 

@@ -26,6 +26,10 @@ def side_for(name):
     "What `small` is to be given for a method: LEWEL's features are as long as a cell of its map"
     return 1 if name=='lewel' else 4
 
+def arch_for(name):
+    "A small network by name, likewise"
+    return 'timm/test_vit' if name=='lewel' else 'timm/test_byobnet'
+
 class Nothing(nn.Identity):
     "In the place of a batch norm"
     track_running_stats = True

@@ -144,22 +144,25 @@ class CutImages(TensorImage):
     aspect = None # (B,) width of each picture over its height
     region = None # (B, 4) where the crops of each picture are centred, see `centre_in`
     beta = None # (B,) and how
+    masks = None # (B, 1, s, s) in [0, 1], where in each picture the foreground is
+    repaint = None # Function (pictures, masks) -> (pictures, masks), which is asked anew for each view
+    view_masks = None # A list, to which the masks (B, 1, s, s) of each view are added
 
     def set_meta(self, x, as_copy=False): "Results of computations do not remember: fastai would copy all attributes"
 
     def remember(self, **known):
-        "Itself, with these pictures, aspect ratios, regions or parameters of the Beta distribution"
+        "Itself, with these pictures, aspect ratios, regions and so on"
         for k,v in known.items(): setattr(self, k, v)
         return self
 
-    def remembered(self):
-        known = {k:getattr(self, k) for k in ('whole','aspect','region','beta')}
-        return {k:v for k,v in known.items() if v is not None}
+    def remembered(self, do): # Function of each tensor that has a row for each image
+        known = {k:getattr(self, k) for k in ('whole','aspect','region','beta','masks')}
+        return {k:do(v) for k,v in known.items() if v is not None} | dict(repaint=self.repaint)
 
     def __getitem__(self, i):
         res = super().__getitem__(i)
         if res.ndim!=4 or isinstance(i, tuple): return res
-        return res.remember(**{k:v[i] for k,v in self.remembered().items()})
+        return res.remember(**self.remembered(lambda v: v[i]))
 
 # %% ../../nbs/data/15_crops.ipynb #a4e490da
 def _carry(name):
@@ -167,7 +170,7 @@ def _carry(name):
     def method(self, *args, **kwargs):
         res = getattr(TensorImage, name)(self, *args, **kwargs)
         if res is self: return res
-        return res.remember(**{k:v.to(res.device) for k,v in self.remembered().items()})
+        return res.remember(**self.remembered(lambda v: v.to(res.device)))
     method.__name__ = name
     return method
 

@@ -142,6 +142,16 @@ def render(self:Views,
         y = y.clamp(0, 1)
         return y if p.solar is None else torch.where(p.solar[:,None,None,None] & (y>=0.5), 1-y, y)
 
+# %% ../../nbs/data/16_views.ipynb #9d9d91a3
+def _repainted(x, pictures, p):
+    "The pictures as one view shows them; where somebody waits for the masks of that view, they are cut as it is"
+    masks = getattr(x, 'masks', None)
+    if getattr(x, 'repaint', None) is not None: pictures,masks = x.repaint(pictures, masks)
+    if getattr(x, 'view_masks', None) is not None:
+        (h,w),s = pictures.shape[-2:],masks.shape[-1]
+        x.view_masks.append(crop(masks.float(), (p.x0*s/w, p.y0*s/h, p.w*s/w, p.h*s/h), s, p.flip))
+    return pictures
+
 # %% ../../nbs/data/16_views.ipynb #5adb8816
 @patch
 @torch.no_grad()
@@ -156,7 +166,7 @@ def forward(self:Views,
     pictures,aspect = whole_pictures(x)
     centred = () if getattr(x, 'region', None) is None else (x.region, x.beta)
     params = [self._draw_for(pictures, aspect, *centred) for _ in range(n or self.n)]
-    return tuple(self.render(pictures, p).to(dtype) for p in params)
+    return tuple(self.render(_repainted(x, pictures, p), p).to(dtype) for p in params)
 
 @patch
 def _draw_for(self:Views, pictures, aspect, *centred):

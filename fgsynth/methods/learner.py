@@ -32,6 +32,8 @@ from .lcr import LCR
 from .sam_bilinear import SAMBilinear
 from .lewel import LEWEL
 from .contrastive_crop import ContrastiveCrop
+from .dilo import DiLo
+from .cvsa import CVSA
 from .health import HealthCallback
 from .state import SSLLearner, check_size
 
@@ -40,7 +42,7 @@ methods = dict(mocov2=MoCoV2, simsiam=SimSiam, simclr=SimCLR, byol=BYOL, dino=DI
                lcr=LCR, sam_bilinear=SAMBilinear, lewel=LEWEL)
 
 # %% ../../nbs/methods/22_learner.ipynb #7180fc15
-crops = dict(random=None, contrastive=ContrastiveCrop)
+crops = dict(random=None, contrastive=ContrastiveCrop, dilo=DiLo, cvsa=CVSA)
 
 # %% ../../nbs/methods/22_learner.ipynb #98e3a8a5
 def get_method(

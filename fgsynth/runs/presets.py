@@ -116,7 +116,7 @@ class Settings:
         size:int=64, # Height and width of the images in pixels, 32 or more
         keep:float=KEEP, # Side of the pictures that views are cut from, as a multiple of `size`; 1: centre squares
         resize:str='crop', # How pictures become squares: crop (their centre), or squish (the whole of them)
-        crop:str='random', # Where crops lie: random, or contrastive (where the encoder sees something)
+        crop:str='random', # Crops: random, contrastive (where the encoder looks), dilo or cvsa (new backgrounds)
         bs:int=128, # Images in a batch
         method:str='mocov2', # mocov2, simsiam, simclr, byol, dino, nnclr, mean_shift, lcr, sam_bilinear or lewel
         synth:str='both', # Pairs: none, both noises, cam, low_var, random; reconstruction, jitter, views or within
