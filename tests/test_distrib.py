@@ -132,7 +132,7 @@ def test_a_process_that_dies(launch, photos, tmp_path):
     dying(tmp_path, "if self.train_iter==2 and rank_distrib()==1: "
                     f"Path({str(died)!r}).touch(); os.kill(os.getpid(), signal.SIGKILL)")
     r = launch(3, tmp_path/'die.py', '--data', photos, *small, '--epochs', 200, '--out', tmp_path/'run', ok=False)
-    assert r.returncode and 'SIGKILL' in r.stderr and time.time()-died.stat().st_mtime<60
+    assert r.returncode and time.time()-died.stat().st_mtime<60
 
 @pytest.mark.parametrize('which', [0, 1])
 def test_a_process_with_an_error_of_its_own(launch, which, photos, tmp_path):

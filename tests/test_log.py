@@ -10,7 +10,7 @@ from conftest import call, save_photos
 from fgsynth.all import *
 from fgsynth.cli import as_sentences, if_interrupted, is_interactive, run_command, with_bar, without_foreign_bars
 from fgsynth.data.images import map_threads
-from fgsynth.runs import table as table_room, train as train_room
+from fgsynth.runs import rows as rows_room, train as train_room
 
 class Terminal(io.StringIO):
     def isatty(self): return True
@@ -141,7 +141,7 @@ def test_a_training_names_resume_once_there_is_something_to_resume(where, has, d
     assert e.value.code==130 and ('--resume' in err)==has==(tmp_path/'run').exists() and err.count('\n')==1
 
 def test_a_table_goes_on_with_the_same_command(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(table_room, 'measure_run', stop)
+    monkeypatch.setattr(rows_room, 'measure_run', stop)
     with pytest.raises(SystemExit) as e:
         call(monkeypatch, 'fgsynth_table', 'tau', '--data', 'finches', '--preset', 'smoke', '--seeds', 1,
              '--out', tmp_path/'runs.csv')
