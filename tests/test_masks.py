@@ -79,6 +79,16 @@ def test_extremes_are_running():
 def test_a_constant_attention_has_a_finite_mask(head):
     mask = head.mask(torch.full((2,3,3), 2.)); assert mask.isfinite().all()
 
+def test_an_image_of_which_nothing_is_left_is_pooled_whole():
+    "Where all of its cells are below the running minimum; others keep their masks"
+    plain = create_encoder('timm/test_byobnet').eval(); x = torch.rand(4,3,64,64)
+    m = masked_encoder(plain, 64).finished().eval()
+    m.seen = []; m(x); a = m.mask_head(m.seen[0]); m.seen = None
+    highest = a.amax((1,2)); m.mask_head.extremes.copy_(torch.stack([highest.sort().values[1:3].mean(), a.max()]))
+    whole = highest<m.mask_head.extremes[0]
+    assert whole.sum()==2 and close(m(x)[whole], unit(plain(x))[whole], 1e-5)
+    assert not close(m(x)[~whole], unit(plain(x))[~whole], 1e-3)
+
 # losses
 
 @pytest.mark.parametrize('target', ['corrected','released'])

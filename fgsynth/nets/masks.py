@@ -65,7 +65,8 @@ def _pass_on(self:MaskedEncoder, out):
     if self.seen is not None: self.seen.append(out)
     if not self.on: return out.clone() # what follows may write into it
     layout = self.layer[2]
-    return weigh_cells(out, self.mask_head.mask(self.mask_head(as_map(out, layout))).detach(), layout)
+    mask = self.mask_head.mask(self.mask_head(as_map(out, layout))).detach()
+    return weigh_cells(out, torch.where(mask.amax((1,2), keepdim=True)>0, mask, 1.), layout)
 
 @patch
 def forward(self:MaskedEncoder, x):
