@@ -15,11 +15,10 @@ from fastai.callback.tracker import EarlyStoppingCallback
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.learner import Learner
 from fastai.torch_core import set_seed
-from training import silent, small_methods
+from training import silent, small, small_methods
 from fgsynth.core import InputError
 from fgsynth.data.datasets import get_dataset
 from fgsynth.data.loaders import ssl_dls
-from fgsynth.nets.networks import Encoder
 from fgsynth.methods.base import SSLMethod
 from fgsynth.methods.health import HealthCallback
 from fgsynth.methods.learner import ssl_learner
@@ -42,9 +41,6 @@ def items():
 def dls(items):
     set_seed(0)
     return ssl_dls(items, size=32, bs=64)
-
-def small(side=3):
-    return Encoder(nn.Sequential(nn.Conv2d(3,8,3,2), nn.ReLU(), nn.AdaptiveAvgPool2d(side), nn.Flatten()), 8*side**2)
 
 narrow_pairs = partial(synth_pairs, decoder_width=4)
 
@@ -406,7 +402,7 @@ def test_pretraining_shows_a_bar_where_the_training_would(dls):
     bars = []
     class Bar(Callback):
         def before_fit(self): bars.append(hasattr(self.learn, 'progress'))
-    learn = ssl_learner(dls, small(), MoCoV2(K=128), cbs=narrow_pairs())
+    learn = ssl_learner(dls, small(3), MoCoV2(K=128), cbs=narrow_pairs())
     with learn.no_logging():
         learn.pretrain_decoder(1, cbs=Bar())
         with learn.no_bar(): learn.pretrain_decoder(1, cbs=Bar())

@@ -9,6 +9,7 @@ from fastai.callback.progress import ProgressCallback                       # wh
 from fastai.torch_core import set_seed
 from fgsynth.nets.networks import Encoder
 from fgsynth.methods.learner import methods
+from fgsynth.runs.resume import CheckpointCallback
 
 few = dict(hidden=64, dim=16) # widths that keep a method quick
 small_methods = {name:partial(cls, **dict(mocov2=dict(K=128), simsiam=dict(dim=64, bottleneck=16), byol=few,
@@ -76,3 +77,26 @@ def replay(seen, params, loss_of, after_step=lambda i: None, lr=.05, wd=1e-4):
 def move(copy, original, momentum):
     "One step of an exponential moving average"
     for p,r in zip(copy.parameters(), original.parameters()): p.mul_(momentum).add_(r, alpha=1-momentum)
+
+class Die(Callback):
+    "Ends a training before a step of each epoch"
+    order = -101
+    def __init__(self, at): self.at = at
+    def before_batch(self):
+        if self.train_iter==self.at:
+            raise SystemExit
+
+def unlike_after_a_stop(make, folder, at, n_epoch, lr=.05):
+    "State of a training, and names of what differs in one that ended before step `at` and went on"
+    def trained(name, *cbs, **kw):
+        learn = make()
+        with learn.no_bar(), learn.no_logging():
+            learn.fit(n_epoch, lr, cbs=[CheckpointCallback(folder/name, every=1, **kw), *cbs])
+        return learn.model.state_dict()
+    whole = trained('whole')
+    try: trained('dead', Die(at))
+    except SystemExit: pass
+    else:
+        raise AssertionError(f'no step {at} was reached')
+    again = trained('dead', resume=True)
+    return whole,[k for k in whole if not whole[k].equal(again[k])]

@@ -40,7 +40,8 @@ class SSLModel(nn.Module):
     heads = ('projector',) # names of the modules that train beside the encoder's body
     by_stage = False # one group of parameters for each of the encoder's `stages`
     fixed = () # names of parameters of the encoder that never train
-    memories = ('bank',),('boxes',),('masks',) # parts whose length goes by the data set; a tuple's begin anew together
+    rows = 'boxes','masks' # buffers with a row for each training image
+    memories = ('bank',),*zip(rows) # parts whose length goes by the data set; those of one tuple begin anew together
     def __init__(self,
         encoder:nn.Module, # f: images in [0, 1] to features (B, d)
         projector:nn.Module, # g: features to embeddings (B, m)

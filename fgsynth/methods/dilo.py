@@ -9,7 +9,8 @@ __all__ = ['masks_by', 'mask_bytes', 'blur_masks', 'on_grey', 'Foreground', 'DiL
 from fastai.basics import *
 from ..core import InputError
 from ..data.crops import CutImages, blur_matrix
-from .contrastive_crop import ImageMemory, active_layer, is_active, maps_of, squished
+from ..nets.maps import maps_of
+from .contrastive_crop import ImageMemory, active_layer, is_active, squished
 
 # %% ../../nbs/methods/12_dilo.ipynb #3b3021fc
 def masks_by(

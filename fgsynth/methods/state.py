@@ -50,7 +50,7 @@ def _empty(net, part):
     "Empty a memory of images, where there is such a one"
     if part=='bank' and hasattr(net, 'bank'): net.bank.clear()
     if part=='queue' and hasattr(net, 'queue'): net.clear_queue()
-    if part in ('boxes','masks') and hasattr(net, part): getattr(net, part).zero_()
+    if part in net.rows and hasattr(net, part): getattr(net, part).zero_()
 
 def forget_indices(
     net:nn.Module, # An `SSLModel`
@@ -58,7 +58,7 @@ def forget_indices(
     "The images that are remembered are no longer those of the data set"
     for n,b in net.named_buffers():
         if n in ('queue_ids','bank.ids'): b.fill_(-1)
-    for part in 'boxes','masks': _empty(net, part)
+    for part in net.rows: _empty(net, part)
 
 # %% ../../nbs/methods/21_state.ipynb #c9a00620
 class SSLLearner(Learner):
@@ -187,7 +187,7 @@ def without_images(
         learn._end_cleanup()
         with seeded(0, learn.dls.device): # new loaders, and a new queue, draw random numbers
             learn.opt,vars(learn)['dls'] = None,learn.dls.new_empty()
-            for part in 'queue','bank','boxes','masks': _empty(net, part)
+            for part in ('queue', 'bank', *net.rows): _empty(net, part)
         yield
     finally:
         for o,kept in holders: vars(o).clear(); vars(o).update(kept)

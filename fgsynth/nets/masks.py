@@ -11,8 +11,8 @@ from copy import copy
 from fastcore.basics import patch
 from torch import nn
 from ..distrib import gather_with_grad
-from .networks import Encoder, eval_mode
-from .maps import as_map, hooked, spatial_layer, weigh_cells
+from .networks import Encoder
+from .maps import as_map, hooked, maps_of, spatial_layer, weigh_cells
 
 # %% ../../nbs/nets/02_masks.ipynb #9901e8f9
 class MaskHead(nn.Module):
@@ -82,10 +82,8 @@ def masked_encoder(
     min_side:int=2, # Fewest cells a side of the map
 )->MaskedEncoder: # With the same body
     "An encoder with a mask on its deepest map that is fine enough"
-    name,side,layout = spatial_layer(encoder, size, min_side)
-    seen,x = [],torch.zeros(1, 3, size, size, device=encoder.mean.device)
-    with torch.no_grad(), eval_mode(encoder), hooked(encoder, name, seen.append): encoder.forward(x)
-    return MaskedEncoder(encoder, (name, side, layout), as_map(seen[0], layout).shape[1], hidden).to(x.device)
+    layer,x = spatial_layer(encoder, size, min_side),torch.zeros(1, 3, size, size, device=encoder.mean.device)
+    return MaskedEncoder(encoder, layer, maps_of(encoder, x, layer).shape[1], hidden).to(x.device)
 
 # %% ../../nbs/nets/02_masks.ipynb #ae91d6ce
 @patch
