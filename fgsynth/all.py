@@ -72,6 +72,7 @@ from .evaluate.retrieval import *
 from .evaluate.measures import *
 from .evaluate.attention import *
 from .evaluate.classifier import *
+from .evaluate.monitor import *
 
 # %% ../nbs/05_all.ipynb #f1fa508c
 from .show.pictures import *

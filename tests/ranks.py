@@ -14,6 +14,7 @@ from fgsynth.data.views import whole_views
 from fgsynth.distrib import Shuffle, gather, gather_with_grad, join_processes, rank, world
 from fgsynth.evaluate.measures import evaluate
 from fgsynth.evaluate.features import features
+from fgsynth.evaluate.monitor import Monitor
 from fgsynth.data.drawing import draw_finches
 from fgsynth.nets.networks import Encoder
 from fgsynth.nets.heads import MLPHead
@@ -109,6 +110,10 @@ def alike(out):
         assert learn.model.masks.any()
         terms = {k:v for k,v in columns(learn).items() if k in ('ssl_loss','align_loss')}
         res |= {f'{name}.{k}':v for k,v in (state(learn) | terms).items()}
+    look = Monitor(flock(48), measures=['knn','map','agreement','rank'])
+    watched = train(Smooth(views=two), 48, 48//world_size, 2, still=True, cbs=[look])
+    if world_size>1: assert same_everywhere(watched), 'watched'
+    res |= {f'{when}.{k}':tensor(v) for when,o in dict(start=look.start, end=look.last).items() for k,v in o.items()}
     learn = train(Smooth(views=two), 60, 48//world_size, 2, still=True, valid_pct=.2, cbs=synth_pairs(**as_written))
     valid = {k:v for k,v in columns(learn).items() if 'valid' in k and k!='valid_feat_std'} # which is of a batch
     res |= {f'with a validation part.{k}':v for k,v in valid.items()}

@@ -177,6 +177,16 @@ def test_the_teacher_is_kept_and_measured_where_asked_for(flock, tmp_path, undra
         train(preset='smoke', method='simsiam', synth='none', teacher=True, out=tmp_path/'none')
     assert not (tmp_path/'none').exists()
 
+def test_a_monitored_run_says_what_became_of_it(flock, tmp_path):
+    out = tmp_path/'run'
+    learn = train(preset='smoke', bs=64, synth='none', monitor='knn,rank', out=out)
+    with open(out/'history.csv') as f: start,*epochs = csv.DictReader(f)
+    assert (start['epoch'], float(start['knn']))==('start', learn.monitor.start['knn']) and not start['train_loss']
+    assert float(epochs[-1]['rank'])==learn.monitor.last['rank']
+    assert f'<p>{learn.monitor.verdict()}</p>' in (out/'report.html').read_text()
+    with pytest.raises(InputError, match='same object'): train(synth='none', monitor='purity', out=tmp_path/'none')
+    assert not (tmp_path/'none').exists()
+
 def test_the_length_of_a_queue_that_was_cut_is_said(flock, tmp_path, capsys, undrawn):
     train(preset='smoke', bs=64, synth='none', out=tmp_path/'cut')
     assert 'K = 256: --K takes another length' in capsys.readouterr().out
@@ -187,7 +197,7 @@ def test_runs_of_earlier_versions_go_on(flock, tmp_path, undrawn):
     "They lack settings that have come since"
     out = tmp_path/'run'
     train(preset='smoke', bs=64, synth='none', out=out)
-    new = 'K','mask_same_image','temperature','opt','wd','teacher'
+    new = 'K','mask_same_image','temperature','opt','wd','teacher','crop','resize','monitor'
     s = {k:v for k,v in json.loads((out/'settings.json').read_text()).items() if k not in (*new, 'seconds')}
     (out/'settings.json').write_text(json.dumps(s))
     file = sorted((out/'checkpoints').glob('*.pt'))[-1]
@@ -196,6 +206,8 @@ def test_runs_of_earlier_versions_go_on(flock, tmp_path, undrawn):
     torch.save(state, file)
     with pytest.raises(InputError, match='opt .sgd there, lars here'):
         train(preset='smoke', bs=64, synth='none', opt='lars', out=out, resume=True)
+    with pytest.raises(InputError, match='crop .random there, dilo here'):
+        train(preset='smoke', bs=64, synth='none', crop='dilo', out=out, resume=True)
     train(preset='smoke', bs=64, synth='none', out=out, resume=True)
     assert 'seconds' in json.loads((out/'settings.json').read_text())
 

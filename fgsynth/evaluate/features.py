@@ -9,6 +9,7 @@ __all__ = ['split_for_cache', 'features', 'check_features', 'labelled_split', 's
 import itertools, torch
 from contextlib import nullcontext
 from torch import Tensor, nn
+from fastai.torch_core import get_model
 from ..core import InputError
 from ..distrib import failing_together, gather, gather_uneven, own_rows, world
 from ..data.crops import CutImages, kept_side
@@ -176,7 +177,7 @@ def ask_encoder(
     **kw, # Keyword arguments, `size` and `device` among them if they are not to be the learner's
 ): # What the function returns
     "Call a function of an encoder with that of a learner, at the size and on the device of its images"
-    encoder = getattr(learn.model, 'encoder', None)
+    encoder = getattr(get_model(learn.model), 'encoder', None)
     if encoder is None:
         raise InputError("The learner's model has no `encoder`: build it with `ssl_learner`, or call the functions of "
                          "`fgsynth.evaluate` with the network itself.")

@@ -144,7 +144,7 @@ class EpochProgress(ProgressCallback):
 
     def write_line(self, values):
         said = {k:f'{v:.4g}' if isinstance(v, float) else v for k,v in zip(self.recorder.metric_names, values)}
-        print(', '.join(f'{k} {v}' for k,v in said.items() if v is not None), flush=True)
+        print(', '.join(f'{k} {v}' for k,v in said.items() if v not in (None, '')), flush=True)
 
 # %% ../../nbs/methods/22_learner.ipynb #8b8926e3
 def log_epochs(

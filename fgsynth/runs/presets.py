@@ -159,6 +159,7 @@ class Settings:
         pretrained:store_true=False, # Start from ImageNet weights (downloaded once)
         weights:str=None, # Start from a local file with weights
         precision:str='fp32', # fp32, bf16, or auto: whichever is faster here
+        monitor:str=None, # Measure the encoder after each epoch: knn, rank, ... with commas between them, or auto
         seed:int=0, # Random seed: start, order, views, noise
     ): store_attr()
 

@@ -18,8 +18,8 @@ from ..data.decoded import load_images
 from ..data.datasets import is_data_set
 from ..data.folders import warn_user
 from ..evaluate.attention import attention_maps, attention_on_parts
-from ..show.pictures import find_neighbours, history, show_attention, show_health, show_noise, show_pairs
-from ..show.pictures import show_retrieval, show_variance
+from ..show.pictures import find_neighbours, history, history_start, show_attention, show_health, show_noise
+from ..show.pictures import show_pairs, show_retrieval, show_variance
 from ..show.explore import Explorer
 from .presets import origins
 
@@ -178,7 +178,7 @@ def save_pictures(
 ):
     "Every picture that the learner can give, as files"
     net = get_model(learn.model)
-    save_figure(show_health(history(learn)), out/'curves.png')
+    save_figure(show_health(history(learn), start=history_start(learn)), out/'curves.png')
     try: save_figure(show_attention(x[:8], attention_maps(net.encoder, x[:8], net.projector)), out/'attention.png')
     except InputError as e: print(f'There is no picture of attention: {e}')
     learn.show_batch(); save_figure(plt.gcf(), out/'views.png')
@@ -278,6 +278,7 @@ def write_report(
     "Gather a run on one self-contained page"
     out = Path(out)
     parts = [f'<h1>{_escape(title)}</h1>', _measurements(rows, notes) if rows else '']
+    if settings.get('monitored'): parts.append(f"<p>{_escape(settings['monitored'])}</p>")
     parts += [_figure(out/f'{n}.png', c) for n,c in _captions.items() if (out/f'{n}.png').is_file()]
     if (out/'synth.safetensors').is_file():
         parts.append(Explorer.from_run(out).to_html(fragment=True, sigmas=(0,1,2,3,5,8)))

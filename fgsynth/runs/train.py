@@ -22,6 +22,7 @@ from ..nets.encoders import save_encoder
 from ..methods.learner import crops, methods, ssl_learner
 from ..synth.decoding import AutoEncoder, needs_pretraining, pretrain_where_needed
 from ..synth.controls import synth_callbacks
+from ..evaluate.monitor import Monitor
 from ..show.pictures import history
 from .presets import Settings, optimizers, takes_settings
 from .report import check_run_folder, example_images, open_run, save_pictures, versions, write_report
@@ -52,6 +53,7 @@ def make_learner(
     "The learner of a run, before training"
     cbs = synth_callbacks(synth or s.synth, **s.pair_settings())
     if crops[s.crop]: cbs = [crops[s.crop](), *cbs]
+    if s.monitor: cbs = [*cbs, Monitor(items, measures=None if s.monitor=='auto' else s.monitor.split(','))]
     set_seed(s.seed)
     dls = ssl_dls(items, size=s.size, bs=s.bs, keep=s.keep)
     method = methods[s.method](**s.method_settings())
@@ -114,7 +116,7 @@ def _moved(old, new):
 
 # %% ../../nbs/runs/04_train.ipynb #5387063d
 _added = dict(keep=1., resize='crop', crop='random', K=None, mask_same_image=False, temperature=None, opt='sgd',
-              wd=1e-4, teacher=False, pretrain_bs=16)
+              wd=1e-4, teacher=False, pretrain_bs=16, monitor=None)
 
 # %% ../../nbs/runs/04_train.ipynb #afd34dac
 def run_to_resume(
@@ -142,6 +144,9 @@ def write_results(
     "Training table, encoder, pictures and report of a run"
     table = history(learn)
     rows = [dict(epoch=i, **{k:v[i] for k,v in table.items()}) for i in range(len(table['train_loss']))]
+    if s.monitor:
+        rows.insert(0, dict(dict.fromkeys(rows[0]), epoch='start', **learn.monitor.start))
+        settings = {**settings, 'monitored':learn.monitor.verdict()}
     info = {k:v for k,v in settings.items() if k not in (*_left_out, *s.paths())}
     with writing_run(out):
         write_csv(out/'history.csv', rows)

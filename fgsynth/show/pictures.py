@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['image_grid', 'show_pairs', 'images_to_show', 'show_attention', 'show_variance', 'show_noise', 'show_retrieval',
-           'find_neighbours', 'history', 'show_health']
+           'find_neighbours', 'history', 'history_start', 'show_health']
 
 # %% ../../nbs/show/00_pictures.ipynb #02136389
 from fastai.basics import *
@@ -232,11 +232,18 @@ def history(
     names = [n for n in rec.metric_names if n not in ('epoch','time')]
     return {n:[v[i] if i<len(v) else None for v in rec.values] for i,n in enumerate(names)}
 
+def history_start(
+    learn:Learner, # After a fit
+)->dict: # Column name to a number; empty where nothing was measured
+    "What `Monitor` measured before the first step"
+    return getattr(learn.monitor, 'start', {}) if hasattr(learn, 'monitor') else {}
+
 # %% ../../nbs/show/00_pictures.ipynb #caf064b8
-def _health_panel(ax, name, curves):
-    "One column over the epochs: `curves` are (label, values, colour)"
+def _health_panel(ax, name, curves, start=None):
+    "One column over the epochs: `curves` are (label, values, colour); `start` is the value before them"
     for label,y,colour in curves:
         if y and any(v is not None for v in y): ax.plot(range(1, len(y)+1), y, marker='.', ms=4, c=colour, label=label)
+    if start is not None: ax.axhline(start, c='k', lw=.8, ls='--', label='start')
     if name=='feat_std':
         ax.axhline(.1, c='k', lw=.8, ls=':')
         ax.set_ylim(0)
@@ -248,6 +255,7 @@ def _health_panel(ax, name, curves):
 def show_health(
     *hists, # One or more of `history`
     labels=('',), # What to call each
+    start:dict={}, # Column to its value before training, from `history_start`
 )->plt.Figure:
     "Loss terms and collapse indicator over the epochs"
     names = list(dict.fromkeys(n for h in hists for n in h))
@@ -256,7 +264,8 @@ def show_health(
     for ax in axs.flat[len(names):]: ax.remove()
     colours = '#0072B2','#D55E00','#009E73','#CC79A7','#E69F00'
     for ax,n in zip(axs.flat, names):
-        _health_panel(ax, n, [(label, h.get(n), colour) for h,label,colour in zip(hists, labels, colours)])
+        curves = [(label, h.get(n), colour) for h,label,colour in zip(hists, labels, colours)]
+        _health_panel(ax, n, curves, start.get(n))
     if any(labels): axs.flat[0].legend(fontsize=7)
     return fig
 
@@ -264,4 +273,4 @@ def show_health(
 @patch
 def show_health(self:Learner):
     "Loss terms and collapse indicator over the epochs"
-    _draw(show_health, history(self))
+    _draw(show_health, history(self), start=history_start(self))
