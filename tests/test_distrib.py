@@ -156,7 +156,7 @@ def test_a_process_that_dies_at_the_end(launch, photos, tmp_path):
     assert r.returncode and 'exitcode' in r.stderr and 'seconds' in json.loads((out/'settings.json').read_text())
     r = launch(2, tmp_path/'late.py', 'fgsynth_eval', out, ok=False)
     assert r.returncode and 'exitcode' in r.stderr and 'linear probe' in (out/'report.html').read_text().lower()
-    assert len((out/'metrics.csv').read_text().splitlines())==2 # a heading and one row, written once
+    assert len((out/'metrics.csv').read_text().splitlines())==3 # a heading, the run and its start, written once
 
 def test_share_smaller_than_a_batch(launch, photos, tmp_path):
     "Refused before anything is computed, in each process"

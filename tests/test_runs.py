@@ -1,5 +1,5 @@
 "Runs from settings to a folder: presets, training, measures, and the demo"
-import csv, inspect, json, math, pickle, re, sys
+import csv, inspect, json, math, pickle, re, shutil, sys
 from copy import deepcopy
 import pytest, numpy as np, torch
 from conftest import root
@@ -7,13 +7,14 @@ from figures import without_figures
 from fastai.callback.core import Callback
 from fgsynth.core import InputError
 from fgsynth.data.datasets import get_dataset
+from fgsynth.evaluate.measures import evaluate
 from fgsynth.methods.learner import methods
 from fgsynth.nets.encoders import load_encoder, save_encoder, stages
 from fgsynth.show.explore import Explorer
 from fgsynth.synth.callbacks import PAPER, PerturbCallback, synth_pairs
 from fgsynth.runs import checkpoints, measure, train as training
 from fgsynth.runs.demo import arms, demo, demo_gains, demo_notes
-from fgsynth.runs.measure import evaluate_run
+from fgsynth.runs.measure import evaluate_run, start_encoder
 from fgsynth.runs.presets import Settings, origins, pair_defaults, preset_names, read_preset
 from fgsynth.runs.report import check_run_folder, open_run, read_run, text_table, write_report
 from fgsynth.runs.train import estimate, fit_run, make_learner, run_facts, train
@@ -140,8 +141,33 @@ def test_a_run_leaves_a_folder(run):
         curves.png pairs.png attention.png variance.png noise.png views.png'''.split()
     assert {f.name for f in out.iterdir()} >= set(files)
     with open(out/'metrics.csv') as f: rows = list(csv.DictReader(f))
-    assert len(rows)==1 and float(rows[0]['map'])==pytest.approx(row['map'], abs=1e-9)
+    assert [o['method'] for o in rows]==['mocov2','start'] and float(rows[0]['map'])==pytest.approx(row['map'], abs=1e-9)
     with open(out/'history.csv') as f: assert len(list(csv.DictReader(f)))==1
+
+def test_the_start_is_that_of_the_learner_and_the_gain_is_paired(run, flock):
+    out,_ = run
+    s = read_run(out)
+    learner = make_learner(flock, Settings(**{k:v for k,v in s.items() if k in Settings().as_dict()}))
+    a,b = learner.model.encoder.state_dict(),start_encoder(s).state_dict()
+    assert a.keys()==b.keys() and all(v.equal(b[k]) for k,v in a.items())
+    with open(out/'metrics.csv') as f: after,before = csv.DictReader(f)
+    encoders = load_encoder(out/'encoder.safetensors'),start_encoder(s)
+    scores = [evaluate(e, flock, 32, per_image=True)['top1_20'] for e in encoders]
+    assert [float(o['top1_20']) for o in (after, before)]==pytest.approx([v.mean().item() for v in scores])
+    d,g = (scores[0]-scores[1]).numpy(),np.random.default_rng(0)
+    means = [g.choice(d, len(d)).mean() for _ in range(4000)]
+    half = np.percentile(means, 97.5)-d.mean()
+    gained = re.search(r'<td>gain</td>.*?</tr>', (out/'report.html').read_text())[0]
+    said = re.findall(r'<td>([+-][\d.]+) ±([\d.]+)', gained)[2]
+    assert float(said[0])==pytest.approx(d.mean(), abs=.051) and float(said[1])==pytest.approx(half, abs=1.5)
+
+def test_without_its_weights_a_start_is_not_measured(run, tmp_path, capsys):
+    shutil.copytree(run[0], tmp_path/'run')
+    s = read_run(tmp_path/'run')|dict(weights='gone.pth')
+    (tmp_path/'run/settings.json').write_text(json.dumps(s))
+    evaluate_run(str(tmp_path/'run'))
+    said = capsys.readouterr().out
+    assert 'The start is not measured' in said and 'gone.pth' in said and '\ngain' not in said
 
 def test_a_report_holds_pictures_settings_and_explorer(run):
     page = (run[0]/'report.html').read_text()

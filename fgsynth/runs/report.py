@@ -110,15 +110,18 @@ columns = dict(method='method', synth='synth', top1_100='100 %', top1_50='50 %',
                rank1='rank-1', rank5='rank-5', map='mAP', on_parts='attention', seconds='seconds')
 _words = 'method','synth'
 
-def _as_text(column, value):
+def _as_text(column, row):
+    value,low,high = [row.get(column+o) for o in ('','_low','_high')]
     if value is None: return ''
     if isinstance(value, str): return value
-    return f'{value:.0f}' if column=='seconds' else f'{value:.1f}'
+    if column=='seconds': return f'{value:.0f}'
+    text = f"{value:{'+' if row.get('method')=='gain' else ''}.1f}"
+    return text if low is None else f'{text} ±{max(value-low, high-value):.1f}'
 
 def _cells(rows):
     "The head and the rows of a table as text"
     filled = [k for k in columns if any(r.get(k) is not None for r in rows)]
-    return [[columns[k] for k in filled], *[[_as_text(k, r.get(k)) for k in filled] for r in rows]]
+    return [[columns[k] for k in filled], *[[_as_text(k, r) for k in filled] for r in rows]]
 
 # %% ../../nbs/runs/01_report.ipynb #387e5112
 def text_table(
