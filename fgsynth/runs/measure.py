@@ -91,7 +91,8 @@ def evaluate_run(
     if not rank(): _warn_of_memory(items, s['size'])
     encoder,device = load_encoder(run/'encoder.safetensors'),join_processes()
     measure = partial(evaluate, items=items, size=s['size'], seed=seed, progress=noop if rank() else print,
-                      device=device, distributed=True, augment=augment, flip=flip, keep=s.get('keep', 1.), per_image=True)
+                      device=device, distributed=True, augment=augment, flip=flip, keep=s.get('keep', 1.),
+                      per_image=True)
     each = measure(encoder)
     about = dict(data=items.name, **{k:s[k] for k in ('seed','epochs','seconds')})
     rows,gain = [dict(method=s['method'], synth=s['synth'], **with_intervals(each), **about)],{}
