@@ -1,0 +1,85 @@
+"""Look at a built site as its readers do, in headless Chromium, and say what hurts.
+
+On every page: pictures without alternative text, headings that skip a level, text that can hardly be told from its
+ground in light or dark, and a page that scrolls sideways on a phone. On the pages that people read from top to bottom:
+code or output that does not fit its column. Works on what Quarto builds and on what smalldocs builds.
+
+  tools/pages.py FOLDER            list what hurts in a built site; exit with 1 if anything does
+  tools/pages.py FOLDER --online   the same, with what the pages fetch: formulas are set
+"""
+import shutil, sys
+from pathlib import Path
+
+wide,phone = 1280,390 # pixels
+read = 'index.html','404.html','contributing.html','tutorials/','paper/'
+browsers = 'chromium','chromium-browser','google-chrome','google-chrome-stable'
+chrome = next(filter(None, map(shutil.which, browsers)), None)
+flags = ['--headless','--no-sandbox','--disable-gpu','--disable-background-networking']
+
+def is_read(page): return page.startswith(read)
+
+def pages(folder):
+    "The pages of a built site, as paths in its folder"
+    found = (o.relative_to(folder).as_posix() for o in Path(folder).rglob('*.html'))
+    return sorted(o for o in found if not o.startswith('site_libs/'))
+
+_asks = dict(
+    sideways="""() => { const d = document.documentElement; return d.scrollWidth>d.clientWidth ?
+        [`${d.scrollWidth-d.clientWidth} pixels too wide`] : [] }""",
+    fits="""() => { document.querySelectorAll('details').forEach(o => o.open = true);
+        const over = o => o.scrollWidth>o.clientWidth+1, longest = (a, b) => a.length>=b.length ? a : b;
+        return [...document.querySelectorAll('main pre')].filter(o => o.checkVisibility() && (over(o) ||
+          [...o.children].some(over))).map(o => 'too long: ' + o.textContent.split('\\n').reduce(longest)) }""",
+    alt="""() => [...document.querySelectorAll('main img:not([aria-hidden=true])')].filter(o => !o.alt.trim())
+        .map(o => 'no alternative text: ' + o.getAttribute('src').slice(0, 80))""",
+    levels="""() => { const hs = [...document.querySelectorAll('main :is(h1,h2,h3,h4,h5,h6)')];
+        return hs.filter((o, i) => i && +o.tagName[1] > +hs[i-1].tagName[1]+1)
+          .map(o => `${o.tagName} skips a level: ` + o.textContent.trim()) }""",
+    # The contrast of WCAG: of letters with the ground under them, where that is one colour
+    legible="""least => { const rgba = s => (s.match(/[\\d.]+/g) || [0,0,0,0]).map(Number);
+        const lum = c => { const [r,g,b] = c.map(v => (v /= 255) <= .03928 ? v/12.92 : ((v+.055)/1.055)**2.4);
+          return .2126*r + .7152*g + .0722*b };
+        const on = (c, under) => { const a = c[3] ?? 1; return [0,1,2].map(i => a*c[i] + (1-a)*under[i]) };
+        const ground = o => { const s = o && getComputedStyle(o); if (!o) return [255,255,255];
+          if (s.backgroundImage!='none') return null;
+          const c = rgba(s.backgroundColor); if (c[3]===undefined) return c;
+          const under = ground(o.parentElement); return under && on(c, under) };
+        const seen = {}, walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+        while (walk.nextNode()) { const t = walk.currentNode.textContent.trim(), o = walk.currentNode.parentElement;
+          if (!t || !o.checkVisibility({opacityProperty:true, visibilityProperty:true}) ||
+            o.closest('script,style,svg,mjx-container')) continue;
+          const under = ground(o); if (!under) continue;
+          const a = lum(on(rgba(getComputedStyle(o).color), under)), b = lum(under);
+          const k = (Math.max(a, b)+.05)/(Math.min(a, b)+.05);
+          if (k<least) seen[o.tagName+o.className] ??= `contrast ${k.toFixed(1)}: ${t.slice(0, 60)}` }
+        return Object.values(seen) }""")
+
+def problems(folder, only=None, online=False, contrast=3):
+    "What hurts on the pages of a built site (`only`: on these), as sentences that begin with the page"
+    from playwright.sync_api import sync_playwright
+    folder = Path(folder).resolve()
+    with sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=chrome, args=flags)
+        def page(width, dark=False):
+            res = browser.new_page(viewport=dict(width=width, height=900), color_scheme='dark' if dark else 'light')
+            if not online: res.route('http*://**', lambda r: r.abort())
+            return res
+        screen,small,dark = page(wide),page(phone),page(wide, dark=True)
+        for name in pages(folder) if only is None else only:
+            def ask(at, k, *args): return [f'{name}: {o}' for o in at.evaluate(_asks[k], *args)]
+            for o in screen,small,dark:
+                o.goto((folder/name).as_uri())
+                if online: o.evaluate('window.MathJax?.startup?.promise')
+            yield from ask(screen, 'alt') + ask(screen, 'levels') + ask(small, 'sideways')
+            for o in screen,dark: yield from ask(o, 'legible', contrast)
+            if is_read(name): yield from ask(screen, 'fits')
+        browser.close()
+
+def main():
+    folder,*more = sys.argv[1:]
+    if chrome is None: sys.exit('there is no Chromium or Chrome here')
+    found = list(problems(folder, online='--online' in more))
+    print('\n'.join(found) or f'{len(pages(folder))} pages: nothing that hurts')
+    return 1 if found else 0
+
+if __name__=='__main__': sys.exit(main())
