@@ -87,6 +87,17 @@ def link_names(
         return f'[{m[0]}]({url})' if url else m[0]
     return _spans.sub(link, text)
 
+# %% ../nbs/06_reference.ipynb #b60afc08
+def _imported(module, name, asname):
+    "Names to what `from module import name as asname` gives them; without a module, what `import name as asname` does"
+    if not module:
+        o = import_module(name)
+        return {asname:o} if asname else {(top := name.partition('.')[0]):sys.modules[top]}
+    o = import_module(module)
+    if name!='*': return {asname or name:getattr(o, name, None) or import_module(f'{module}.{name}')}
+    public = getattr(o, '__all__', None) or [k for k in vars(o) if not k.startswith('_')]
+    return {k:getattr(o, k) for k in public}
+
 # %% ../nbs/06_reference.ipynb #25bf83f7
 class Links:
     "nbdev's processor that makes links of names, for pages that know what they import"
@@ -100,7 +111,9 @@ class Links:
 
     def read(self, statement):
         "What an import statement makes known, if that is installed"
-        with suppress(ImportError): exec(ast.unparse(statement), self.known)
+        for o in statement.names:
+            with suppress(ImportError,AttributeError):
+                self.known |= _imported(getattr(statement, 'module', None), o.name, o.asname)
 
     def __call__(self, cell):
         if cell.cell_type=='markdown': cell.source = link_names(cell.source, self.known)

@@ -1,7 +1,7 @@
-"Written files and the documentation: README, workflows, sidebar, links"
+"Written files and the documentation: README, workflows, sidebars, links, and pages as their readers see them"
 import importlib.util, re, subprocess, sys
 from pathlib import Path
-import pytest, yaml
+import pages, pytest, yaml
 from repo import cells, cfg, copy_repository, ids, nbs_dir, root, source
 
 def test_readme_and_contributing_agree():
@@ -49,14 +49,25 @@ def listed(o):
     if isinstance(o, list): return [p for q in o for p in listed(q)]
     return listed(o.get('contents', [])) + ([o['href']] if 'href' in o else [])
 
-def test_sidebar():
-    "The sidebar lists every page once, and every page that it lists exists"
-    pages = listed(yaml.safe_load((nbs_dir/'sidebar.yml').read_text())['website']['sidebar']['contents'])
-    assert sorted(pages)==sorted(ids)
+settings_of_site = yaml.safe_load((root/'_quarto.yml').read_text())
+sidebars = yaml.safe_load((nbs_dir/'sidebar.yml').read_text())['website']['sidebar']
+
+def test_sidebars():
+    "Every page is in one of the sidebars, once, and every page that they list exists"
+    assert sorted(listed(sidebars))==sorted(ids)
+
+def test_sidebar_of_the_api():
+    "It has what the page of all modules links to, in the same order"
+    api = next(o for o in sidebars if o['id']=='api')
+    linked = re.findall(r'\]\(([\w/]+\.ipynb)\)', '\n'.join(map(source, cells(nbs_dir/'05_all.ipynb'))))
+    assert [o for o in listed(api) if o!='05_all.ipynb']==[o for o in dict.fromkeys(linked) if o in listed(api)]
+
+def test_version_in_the_footer():
+    assert settings_of_site['website']['page-footer']['left'].split()[-1]==cfg['version']
 
 def test_navbar():
     "So do the links in the bar at the top"
-    bar = yaml.safe_load((root/'_quarto.yml').read_text())['website']['navbar']
+    bar = settings_of_site['website']['navbar']
     hrefs = [o['href'] for side in ('left','right') for o in bar.get(side,[])]
     assert not [o for o in hrefs if not o.startswith('http') and o not in ids]
 
@@ -80,13 +91,47 @@ def test_proc_nbs(site):
         c = cells(site/o)[0]
         assert c['cell_type']=='raw' and 'title:' in source(c), o
 
+# What Quarto reads and smalldocs does not
+quartos_own = 'output-file','unknown key image','respect-user-color-scheme','format.html.grid','canonical-url','alt.lua'
+
+def smalldocs(*args):
+    if not importlib.util.find_spec('smalldocs'): pytest.skip('smalldocs, a Quarto in Python, needs Python 3.11')
+    return subprocess.run([Path(sys.executable).parent/'smalldocs', *map(str, args)], text=True, capture_output=True)
+
 def test_links(site):
     "No page links to a page, picture or notebook that does not exist"
-    if not importlib.util.find_spec('smalldocs'): pytest.skip('smalldocs, which checks the links, needs Python 3.11')
-    r = subprocess.run([Path(sys.executable).parent/'smalldocs', 'check', str(site)], text=True, capture_output=True)
-    problems = [l for l in r.stdout.splitlines() if l.strip() and 'output-file' not in l]
+    r = smalldocs('check', site)
+    problems = [l for l in r.stdout.splitlines() if l.strip() and not any(o in l for o in quartos_own)]
     assert not problems, '\n'.join(problems)
     assert 'page(s)' in r.stderr, r.stderr
+
+@pytest.fixture(scope='module')
+def built(site):
+    "The site as smalldocs builds it"
+    r = smalldocs('render', site)
+    assert r.returncode==0, r.stderr
+    return site/'_docs'
+
+def test_text_of_the_pages(built):
+    "Every picture has an alternative text, and no heading skips a level"
+    assert len(pages.pages(built))==len(ids)+1 # and the page for what is not there
+    assert not (bad := list(pages.in_text(built))), '\n'.join(bad)
+
+def test_pages_on_a_phone(built):
+    "No page scrolls sideways (their widest column is Quarto's, and so is asked of what Quarto builds)"
+    if pages.chrome is None: pytest.skip('there is no Chromium or Chrome here')
+    some = 'index','tutorials/concepts','tutorials/quickstart','paper/method','paper/evidence','synth/02_callbacks'
+    bad = list(pages.on_screen(built, [f'{o}.html' for o in some], ask=['sideways']))
+    assert not bad, '\n'.join(bad)
+
+def test_what_hurts_is_found(tmp_path):
+    "Each kind of fault in a page is named"
+    if pages.chrome is None: pytest.skip('there is no Chromium or Chrome here')
+    (tmp_path/'index.html').write_text('<main><h1>A</h1><h3>B</h3><img src="c.png"><p style="color:#eee">D</p>'
+        f'<pre style="overflow:auto">{"e"*400}</pre><div style="width:600px">F</div></main>', encoding='utf-8')
+    found = '\n'.join([*pages.in_text(tmp_path), *pages.on_screen(tmp_path)])
+    for o in 'h3 skips a level: B','alternative text: c.png','contrast 1.2: D','too long: eee','pixels too wide':
+        assert o in found, o
 
 def test_links_to_symbols(site):
     "Names in backticks lead to entries that their pages show"

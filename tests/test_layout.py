@@ -81,7 +81,10 @@ def _lines(file):
         return [(l, 120) for l in text.splitlines()]
     res = []
     for c in cells(file):
-        if c['cell_type']!='code': continue
+        if c['cell_type']!='code':
+            fenced = re.findall(r'(?ms)^```(?!\{?mermaid).*?^```', source(c))
+            res += [(l, 90) for o in fenced for l in o.splitlines()]
+            continue
         unseen = hidden(c) or directives(c).get('echo','').strip()=='false'
         res += [(l, 120 if unseen else 90) for l in source(c).splitlines() if not re.match(r'#\|\s*fig-alt', l)]
     return res

@@ -1,14 +1,15 @@
-"""Look at a built site as its readers do, in headless Chromium, and say what hurts.
+"""Look at a built site as its readers do and say what hurts.
 
-On every page: pictures without alternative text, headings that skip a level, text that can hardly be told from its
-ground in light or dark, and a page that scrolls sideways on a phone. On the pages that people read from top to bottom:
-code or output that does not fit its column. Works on what Quarto builds and on what smalldocs builds.
+In the text of every page: pictures without alternative text, and headings that skip a level. In headless Chromium: text
+that can hardly be told from its ground in light or dark, a page that scrolls sideways on a phone, and, on pages that
+people read from top to bottom, code or output that does not fit its column.
 
   tools/pages.py FOLDER            list what hurts in a built site; exit with 1 if anything does
   tools/pages.py FOLDER --online   the same, with what the pages fetch: formulas are set
 """
 import shutil, sys
 from pathlib import Path
+from bs4 import BeautifulSoup
 
 wide,phone = 1280,390 # pixels
 read = 'index.html','404.html','contributing.html','tutorials/','paper/'
@@ -30,11 +31,6 @@ _asks = dict(
         const over = o => o.scrollWidth>o.clientWidth+1, longest = (a, b) => a.length>=b.length ? a : b;
         return [...document.querySelectorAll('main pre')].filter(o => o.checkVisibility() && (over(o) ||
           [...o.children].some(over))).map(o => 'too long: ' + o.textContent.split('\\n').reduce(longest)) }""",
-    alt="""() => [...document.querySelectorAll('main img:not([aria-hidden=true])')].filter(o => !o.alt.trim())
-        .map(o => 'no alternative text: ' + o.getAttribute('src').slice(0, 80))""",
-    levels="""() => { const hs = [...document.querySelectorAll('main :is(h1,h2,h3,h4,h5,h6)')];
-        return hs.filter((o, i) => i && +o.tagName[1] > +hs[i-1].tagName[1]+1)
-          .map(o => `${o.tagName} skips a level: ` + o.textContent.trim()) }""",
     # The contrast of WCAG: of letters with the ground under them, where that is one colour
     legible="""least => { const rgba = s => (s.match(/[\\d.]+/g) || [0,0,0,0]).map(Number);
         const lum = c => { const [r,g,b] = c.map(v => (v /= 255) <= .03928 ? v/12.92 : ((v+.055)/1.055)**2.4);
@@ -54,8 +50,19 @@ _asks = dict(
           if (k<least) seen[o.tagName+o.className] ??= `contrast ${k.toFixed(1)}: ${t.slice(0, 60)}` }
         return Object.values(seen) }""")
 
-def problems(folder, only=None, online=False, contrast=3):
-    "What hurts on the pages of a built site (`only`: on these), as sentences that begin with the page"
+def in_text(folder):
+    "What hurts in the text of the pages of a built site, as sentences that begin with the page"
+    for name in pages(folder):
+        main = BeautifulSoup((Path(folder)/name).read_bytes(), 'html.parser').main
+        for o in main.find_all('img'):
+            if o.get('aria-hidden')!='true' and not o.get('alt', '').strip():
+                yield f"{name}: no alternative text: {o['src'][:80]}"
+        heads = main.find_all([f'h{i}' for i in range(1, 7)])
+        for before,o in zip(heads, heads[1:]):
+            if int(o.name[1])>int(before.name[1])+1: yield f'{name}: {o.name} skips a level: {o.get_text(strip=True)}'
+
+def on_screen(folder, only=None, ask=('sideways','legible','fits'), online=False, contrast=3):
+    "What hurts where a browser shows them (`only`: those pages)"
     from playwright.sync_api import sync_playwright
     folder = Path(folder).resolve()
     with sync_playwright() as p:
@@ -66,19 +73,21 @@ def problems(folder, only=None, online=False, contrast=3):
             return res
         screen,small,dark = page(wide),page(phone),page(wide, dark=True)
         for name in pages(folder) if only is None else only:
-            def ask(at, k, *args): return [f'{name}: {o}' for o in at.evaluate(_asks[k], *args)]
-            for o in screen,small,dark:
-                o.goto((folder/name).as_uri())
-                if online: o.evaluate('window.MathJax?.startup?.promise')
-            yield from ask(screen, 'alt') + ask(screen, 'levels') + ask(small, 'sideways')
-            for o in screen,dark: yield from ask(o, 'legible', contrast)
-            if is_read(name): yield from ask(screen, 'fits')
+            def hurts(k, at, *args):
+                if k not in ask: return []
+                if at.url!=(folder/name).as_uri():
+                    at.goto((folder/name).as_uri())
+                    if online: at.evaluate('window.MathJax?.startup?.promise')
+                return [f'{name}: {o}' for o in at.evaluate(_asks[k], *args)]
+            yield from hurts('sideways', small)
+            for at in screen,dark: yield from hurts('legible', at, contrast)
+            if is_read(name): yield from hurts('fits', screen)
         browser.close()
 
 def main():
     folder,*more = sys.argv[1:]
     if chrome is None: sys.exit('there is no Chromium or Chrome here')
-    found = list(problems(folder, online='--online' in more))
+    found = [*in_text(folder), *on_screen(folder, online='--online' in more)]
     print('\n'.join(found) or f'{len(pages(folder))} pages: nothing that hurts')
     return 1 if found else 0
 
