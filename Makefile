@@ -74,6 +74,7 @@ readme: $(READY)  ## write README.md and CONTRIBUTING.md from their notebooks (n
 
 docs: $(READY)  ## build the documentation into _docs (needs Quarto)
 	@command -v quarto >/dev/null || { echo 'The documentation is built by Quarto, which is not installed: see https://quarto.org/docs/get-started/.' >&2; exit 1; }
+	@touch README.md CONTRIBUTING.md # which nbdev_docs writes anew where they are older than their notebooks; see readme
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev_docs
 
 preview: $(READY)  ## build the documentation and watch the notebooks for changes (needs Quarto)

@@ -113,7 +113,7 @@ def built(site):
     return site/'_docs'
 
 def test_text_of_the_pages(built):
-    "Every picture has an alternative text, and no heading skips a level"
+    "Every picture has an alternative text, no heading skips a level, and no path is one of this machine"
     assert len(pages.pages(built))==len(ids)+1 # and the page for what is not there
     assert not (bad := list(pages.in_text(built))), '\n'.join(bad)
 
@@ -128,9 +128,11 @@ def test_what_hurts_is_found(tmp_path):
     "Each kind of fault in a page is named"
     if pages.chrome is None: pytest.skip('there is no Chromium or Chrome here')
     (tmp_path/'index.html').write_text('<main><h1>A</h1><h3>B</h3><img src="c.png"><p style="color:#eee">D</p>'
-        f'<pre style="overflow:auto">{"e"*400}</pre><div style="width:600px">F</div></main>', encoding='utf-8')
+        f'<pre style="overflow:auto">{"e"*400}</pre><div style="width:600px">{tmp_path}/</div></main>',
+        encoding='utf-8')
     found = '\n'.join([*pages.in_text(tmp_path), *pages.on_screen(tmp_path)])
-    for o in 'h3 skips a level: B','alternative text: c.png','contrast 1.2: D','too long: eee','pixels too wide':
+    for o in ('h3 skips a level: B', 'alternative text: c.png', 'a path of this machine', 'contrast 1.2: D',
+              'too long: eee', 'pixels too wide'):
         assert o in found, o
 
 def test_links_to_symbols(site):

@@ -1,13 +1,14 @@
 """Look at a built site as its readers do and say what hurts.
 
-In the text of every page: pictures without alternative text, and headings that skip a level. In headless Chromium: text
+In the text of every page: pictures without alternative text, headings that skip a level, and paths of the machine that
+built it. In headless Chromium: text
 that can hardly be told from its ground in light or dark, a page that scrolls sideways on a phone, and, on pages that
 people read from top to bottom, code or output that does not fit its column.
 
   tools/pages.py FOLDER            list what hurts in a built site; exit with 1 if anything does
   tools/pages.py FOLDER --online   the same, with what the pages fetch: formulas are set
 """
-import shutil, sys
+import shutil, sys, tempfile
 from pathlib import Path
 from bs4 import BeautifulSoup
 
@@ -52,8 +53,10 @@ _asks = dict(
 
 def in_text(folder):
     "What hurts in the text of the pages of a built site, as sentences that begin with the page"
+    here = [f'{o}/' for o in (Path.home(), tempfile.gettempdir(), sys.prefix)]
     for name in pages(folder):
         main = BeautifulSoup((Path(folder)/name).read_bytes(), 'html.parser').main
+        yield from (f'{name}: a path of this machine: {o}' for o in here if o in main.get_text())
         for o in main.find_all('img'):
             if o.get('aria-hidden')!='true' and not o.get('alt', '').strip():
                 yield f"{name}: no alternative text: {o['src'][:80]}"
