@@ -67,6 +67,38 @@ def test_page_without_a_kernel(browser, run_folder, tmp_path):
     assert not errors and not [u for u in asked if not u.startswith(('file:','data:'))]
     shot(page, 'static'); page.close()
 
+def test_each_control_of_a_page_leads_to_its_picture(browser, tmp_path):
+    "Strengths apart, threshold, mode and draw: what is shown is what the synthesizer makes of them; a thumb hits them"
+    ex = Explorer.from_example(max_n=3)
+    f = ex.to_html(tmp_path/'x.html', sigmas=(0,4), sigma_vars=(0,4), taus=(.5,2), modes=('cam','low_var'), seeds=2)
+    page = browser.new_page(viewport=dict(width=390, height=800)); page.goto(f.as_uri())
+    def shown():
+        src = page.locator('img.moving').get_attribute('src').split(',')[1]
+        return np.array(Image.open(io.BytesIO(base64.b64decode(src))).convert('RGB')).astype(float)
+    def drawn(seed, **kw):
+        s = ex.syn(ex.images[:3], seed=seed, **kw)
+        whole = [torch.nn.functional.pad(o, (1,1,1,1), value=1.) for o in s.pert]
+        return 255*torch.cat(whole, -1).permute(1,2,0).detach().numpy()
+    def set_to(**places):
+        for name,k in places.items():
+            control = page.get_by_label(dict(tau='tau · √d').get(name, name), exact=False)
+            if name=='mode': control.select_option(index=k)
+            else: control.fill(str(k))
+    steps = (dict(sigma_cam=1, sigma_var=0, tau=0, mode=0, seed=0), dict(mode='cam', sigma_cam=4., seed=0)), \
+            (dict(seed=1), dict(mode='cam', sigma_cam=4., seed=1)), \
+            (dict(mode=1, sigma_var=1), dict(mode='low_var', sigma_var=4., tau=.5, seed=1)), \
+            (dict(tau=1), dict(mode='low_var', sigma_var=4., tau=2., seed=1)), \
+            (dict(sigma_var=0), dict(mode='low_var', sigma_var=0., tau=2., seed=1))
+    expected = [drawn(**kw) for _,kw in steps]
+    for i,(places,kw) in enumerate(steps):
+        set_to(**places)
+        off = [abs(shown()[:len(o)]-o).mean() for o in expected]
+        assert off[i]==min(off) and off[i]<6, (kw, off) # WebP loses some
+    boxes = [o.bounding_box() for o in page.locator('.controls input, .controls select').all()]
+    assert len(boxes)==5 and all(b['height']>=44 for b in boxes) and all(b['width']>=150 for b in boxes)
+    assert page.evaluate('document.documentElement.scrollWidth<=390')
+    shot(page, 'controls'); page.close()
+
 def free_port():
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))

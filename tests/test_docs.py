@@ -1,5 +1,5 @@
 "Written files and the documentation: README, workflows, sidebars, links, and pages as their readers see them"
-import importlib.util, re, subprocess, sys
+import importlib.util, re, subprocess, sys, tempfile
 from pathlib import Path
 import pages, pytest, yaml
 from repo import cells, cfg, copy_repository, ids, nbs_dir, root, source
@@ -12,7 +12,8 @@ def test_readme_and_contributing_agree():
 
 def test_ten_lines_of_the_first_page(monkeypatch, tmp_path, capsys):
     "They do what they say, here on a tenth of the images and for an epoch (the quickstart does the whole)"
-    monkeypatch.setattr('tempfile.mkdtemp', lambda: str(tmp_path))
+    made = tempfile.mkdtemp # which libraries call with arguments
+    monkeypatch.setattr('tempfile.mkdtemp', lambda *args: made(*args) if args else str(tmp_path))
     code = [source(c) for c in cells(nbs_dir/'index.ipynb') if c['cell_type']=='code']
     first = next(i for i,o in enumerate(code) if 'ssl_learner(' in o)
     lines = '\n'.join(code[first-1:first+3])
@@ -61,6 +62,11 @@ def test_sidebar_of_the_api():
     api = next(o for o in sidebars if o['id']=='api')
     linked = re.findall(r'\]\(([\w/]+\.ipynb)\)', '\n'.join(map(source, cells(nbs_dir/'05_all.ipynb'))))
     assert [o for o in listed(api) if o!='05_all.ipynb']==[o for o in dict.fromkeys(linked) if o in listed(api)]
+
+def test_titles_differ():
+    "No two pages have the same name"
+    titles = [source(cells(nbs_dir/o)[0]).splitlines()[0][2:].lower().removeprefix('the ') for o in ids]
+    assert not (same := sorted({t for t in titles if titles.count(t)>1})), same
 
 def test_version_in_the_footer():
     assert settings_of_site['website']['page-footer']['left'].split()[-1]==cfg['version']

@@ -6,7 +6,7 @@
 __all__ = ['Explorer']
 
 # %% ../../nbs/show/02_explore.ipynb #a8e6c47e
-import base64, html
+import base64, html, itertools
 from copy import deepcopy
 from types import SimpleNamespace
 from fastai.basics import *
@@ -252,23 +252,46 @@ def _repr_mimebundle_(self:Explorer, include=None, exclude=None):
     return dict(shown, **{'text/plain':'Explorer: its sliders need a running kernel, so run this cell again.'})
 
 # %% ../../nbs/show/02_explore.ipynb #e5e8a843
+_moves = {'noise (sigma)':('sigma_cam','sigma_var'), 'tau · √d':('tau',)} # what controls set that are called otherwise
+
+@patch
+def _frames(self:Explorer, controls):
+    "For each choice of the controls the rows that they change and a line of numbers; and the rows that stay"
+    side,frames,before = self.syn.size+2,{},self.seed
+    others = {k:v for k,v in controls.items() if k!='seed'}
+    for self.seed in controls.get('seed', [before]): # the outermost, since scores are computed anew for each
+        for chosen in itertools.product(*others.values()):
+            kw = {p:v for k,v in zip(others, chosen) for p in _moves.get(k, [k])}
+            whole,s = self.picture(**kw)
+            key = (*chosen, self.seed) if 'seed' in controls else chosen
+            frames[key] = whole[2*side:4*side],self.describe(s)
+    self.seed = before
+    return frames, whole[:2*side], whole[4*side:5*side]
+
+# %% ../../nbs/show/02_explore.ipynb #78e16ed5
 @patch
 def to_html(self:Explorer,
     path=None, # File to write; None: return the page
-    sigmas=(0,.5,1,2,3,4,6,8), # Values of the slider: both sigmas together
+    sigmas=(0,.5,1,2,3,4,6,8), # Values of the slider for sigma_cam; without `sigma_vars`, of both sigmas together
     modes=MODES, # Modes to choose from
     title='What does the encoder call irrelevant?', # Heading of the page
     fragment:bool=False, # Only what goes into the body, for embedding in another page?
+    sigma_vars=None, # Values of a slider of its own for sigma_var
+    taus=None, # Values of a slider for the threshold of low variance, in units of 1/sqrt(d)
+    seeds:int=1, # How many draws of the noise to choose from
+    quality:int=80, # Of the pictures, as WebP, up to 100
 ): # The path, or the page as a string
-    "One self-contained page with working sliders: every frame is in the file"
-    side,frames,first = self.syn.size+2,{},None
-    for mode in modes:
-        for i,sigma in enumerate(sigmas):
-            a,s = self.picture(mode=mode, sigma_cam=float(sigma), sigma_var=float(sigma))
-            if first is None: first = a
-            frames[mode,i] = a[2*side:4*side],self.describe(s) # the rows that the slider changes
-    page = slider_page(frames, first[:2*side], first[4*side:5*side], sigmas, self.syn.defaults['sigma_cam'],
-                       self.syn.defaults['mode'], self.rows, len(self.batch()), title, fragment)
+    "One self-contained page with working controls: every frame is in the file"
+    apart = sigma_vars is not None
+    controls = {'sigma_cam':sigmas, 'sigma_var':sigma_vars} if apart else {'noise (sigma)':sigmas}
+    if taus is not None: controls['tau · √d'] = taus
+    controls['mode'] = modes
+    if seeds>1: controls['seed'] = range(self.seed, self.seed+seeds)
+    d = self.syn.defaults
+    start = d | {'noise (sigma)':d['sigma_cam'], 'tau · √d':d['tau'], 'seed':self.seed}
+    if start['mode'] not in modes: start['mode'] = modes[0]
+    frames,above,below = self._frames(controls)
+    page = slider_page(frames, above, below, controls, start, self.rows, len(self.batch()), title, fragment, quality)
     if path is None: return page
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(page, encoding='utf-8')

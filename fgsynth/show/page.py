@@ -9,6 +9,7 @@ __all__ = ['image_array', 'enlarge', 'encode_image', 'name_column', 'noise_bars'
 import base64, hashlib, html, io, json, PIL.Image, PIL.ImageDraw, PIL.ImageFont
 import matplotlib.pyplot as plt, numpy as np, torch, torch.nn.functional as F
 from functools import lru_cache
+from itertools import product
 from string import Template
 from matplotlib.font_manager import findfont
 
@@ -73,9 +74,7 @@ def noise_bars(
 
 # %% ../../nbs/show/01_page.ipynb #bac7a1e2
 _section = Template('''<section id="$uid"><h2>$title</h2>
-<p><label>noise (sigma) <input type="range" min="0" max="$max" step="1" value="$start"
- aria-describedby="$uid-say"></label> <output></output>
-&nbsp; <label>mode <select>$options</select></label></p>
+<div class="controls">$controls</div>
 <div class="rows">$labels
 <img alt="$n clean images and below them their reconstructions from features" style="grid-row:1/3"
  src="data:image/webp;base64,$above">
@@ -86,49 +85,80 @@ _section = Template('''<section id="$uid"><h2>$title</h2>
 <p><small id="$uid-say" aria-live="polite"></small></p>
 <style>#$uid .rows{display:grid;grid-template-columns:max-content minmax(0,${width}px);column-gap:.6em;
 line-height:1;font-size:.8em;text-align:right}
-#$uid .rows span{align-self:center} #$uid .rows img{grid-column:2;width:100%;margin:0;image-rendering:pixelated}</style>
+#$uid .rows span{align-self:center} #$uid .rows img{grid-column:2;width:100%;margin:0;image-rendering:pixelated}
+#$uid .controls{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,17em),1fr));column-gap:1.5em;
+max-width:calc(${width}px + 8em)} #$uid label{display:flex;align-items:center;gap:.6em;min-height:44px}
+#$uid input{flex:1;min-width:0;height:44px;margin:0} #$uid output{min-width:2.5em} #$uid select{min-height:44px;flex:1;
+font:inherit}</style>
 <script>(() => {
-const root = document.getElementById('$uid'), frames = $frames, sigmas = $sigmas;
-const range = root.querySelector('input'), mode = root.querySelector('select'), out = root.querySelector('output');
+const root = document.getElementById('$uid'), pictures = $pictures, lines = $lines, frames = $frames;
+const controls = [...root.querySelectorAll('.controls label')].map(o => ({input: o.querySelector('input,select'),
+  out: o.querySelector('output'), values: JSON.parse(o.dataset.values)}));
 function draw() {
-  const f = frames[mode.value + '/' + range.value];
-  out.textContent = sigmas[range.value]; range.setAttribute('aria-valuetext', 'sigma ' + sigmas[range.value]);
-  root.querySelector('.moving').src = 'data:image/webp;base64,' + f[0];
-  root.querySelector('#$uid-say').textContent = f[1]; }
-range.addEventListener('input', draw); mode.addEventListener('change', draw); draw();
+  let i = 0;
+  for (const c of controls) {
+    const k = c.out ? +c.input.value : c.input.selectedIndex;
+    i = i*c.values.length + k;
+    if (c.out) { c.out.textContent = c.values[k]; c.input.setAttribute('aria-valuetext', c.values[k]); } }
+  root.querySelector('.moving').src = 'data:image/webp;base64,' + pictures[frames[i][0]];
+  root.querySelector('#$uid-say').textContent = lines[frames[i][1]]; }
+for (const c of controls) c.input.addEventListener('input', draw);
+draw();
 })();</script></section>''')
 
 # %% ../../nbs/show/01_page.ipynb #7d8bbab4
-_document = Template('''<!doctype html><html lang="en"><head><meta charset="utf-8"><title>$title</title></head>
+_document = Template('''<!doctype html><html lang="en"><head><meta charset="utf-8"><title>$title</title>
+<meta name="viewport" content="width=device-width,initial-scale=1">
+<meta name="color-scheme" content="light dark"></head>
 <body style="font-family:system-ui,sans-serif;max-width:60em;margin:1em auto;padding:0 1em">$body</body></html>''')
 
 # %% ../../nbs/show/01_page.ipynb #4aec4c1a
 def _webp(a, quality): return base64.b64encode(encode_image(a, 'webp', quality=quality)).decode()
-def _options(names, chosen):
-    return ''.join(f'<option{" selected" if m==chosen else ""}>{m}</option>' for m in names)
 def _row_labels(names):
     return ''.join(f'<span style="grid-row:{i}">{n}</span>' for i,n in enumerate(names, 1))
 
+def _nearest(values, start):
+    "Where a value stands, or the number that comes nearest to it"
+    if any(isinstance(v, str) for v in values): return list(values).index(start)
+    return min(range(len(values)), key=lambda i: abs(values[i]-start))
+
+def _control(uid, name, values, start):
+    "A range input for numbers, a menu for words"
+    k,about = _nearest(values, start),f'aria-describedby="{uid}-say"'
+    if isinstance(values[k], str):
+        options = ''.join(f'<option{" selected" if i==k else ""}>{v}</option>' for i,v in enumerate(values))
+        control = f'<select {about}>{options}</select>'
+    else: control = f'<input type="range" max="{len(values)-1}" value="{k}" {about}> <output></output>'
+    return f'<label data-values="{html.escape(json.dumps(list(values)))}">{name} {control}</label>'
+
 # %% ../../nbs/show/01_page.ipynb #50293af9
+def _kept_once(items):
+    "Different items, and which of them each one is"
+    places = {}
+    which = [places.setdefault(o, len(places)) for o in items]
+    return list(places), which
+
 def slider_page(
-    frames:dict, # (mode, index of sigma) to an array of the two rows that move, and a line of numbers
+    frames:dict, # One value of each control to an array of the two rows that move, and a line of numbers
     above:np.ndarray, # The two rows above them, which stay
     below:np.ndarray, # The row below them, which stays
-    sigmas, # Values of the slider
-    sigma:float, # Value at which it starts; the nearest is taken
-    mode:str, # Mode at which the menu starts
+    controls:dict, # Name of a control to its values, all numbers or all words
+    start:dict, # Name to the value at which it starts; of numbers, the nearest is taken
     names, # Names of the five rows
     n:int, # Images in a row
     title:str, # Heading
     fragment:bool=False, # Only what goes into the body, for embedding in another page?
+    quality:int=80, # Of the moving pictures, as WebP, up to 100
 )->str: # HTML
-    "One self-contained page with a working slider"
-    data = json.dumps({f'{m}/{i}':[_webp(a, 80), says] for (m,i),(a,says) in frames.items()})
-    start = min(range(len(sigmas)), key=lambda i: abs(sigmas[i]-sigma))
-    width = min(900, max(110*n, above.shape[1]))
+    "One self-contained page with working controls"
+    all_frames = [frames[o] for o in product(*controls.values())]
+    pictures,which = _kept_once([_webp(a, quality) for a,_ in all_frames])
+    lines,said = _kept_once([says for _,says in all_frames])
+    uid = 'fg' + hashlib.sha1(''.join([*pictures, *lines]).encode()).hexdigest()[:8]
     title = html.escape(title)
     body = _section.substitute(
-        uid='fg'+hashlib.sha1(data.encode()).hexdigest()[:8], title=title, max=len(sigmas)-1, start=start,
-        options=_options(dict.fromkeys(m for m,_ in frames), mode), labels=_row_labels(names), n=n, width=width,
-        above=_webp(above, 85), below=_webp(below, 85), frames=data, sigmas=json.dumps(list(sigmas)))
+        uid=uid, title=title, controls=''.join(_control(uid, k, v, start[k]) for k,v in controls.items()),
+        labels=_row_labels(names), n=n, width=min(900, max(110*n, above.shape[1])), above=_webp(above, 85),
+        below=_webp(below, 85), pictures=json.dumps(pictures), lines=json.dumps(lines),
+        frames=json.dumps(list(zip(which, said)), separators=(',',':')))
     return body if fragment else _document.substitute(title=title, body=body)
