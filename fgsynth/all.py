@@ -89,6 +89,7 @@ from .own.search import *
 from .own.label import *
 from .own.export import *
 from .own.near import *
+from .own.hub import *
 
 # %% ../nbs/05_all.ipynb #e573876f
 __all__ = [n for n in globals() if not n.startswith('_')]

@@ -5,7 +5,7 @@ from fastcore.script import anno_parser
 from fgsynth.commands import describe_parser
 from fgsynth.data.check import data_parser
 from fgsynth.data.datasets import data_sets
-from fgsynth.own.export import export_run
+from fgsynth.own.hub import export_run
 from fgsynth.own.label import label_run
 from fgsynth.own.search import search_run
 from fgsynth.runs.demo import demo
@@ -18,6 +18,7 @@ functions = dict(fgsynth_train=train, fgsynth_eval=evaluate_run, fgsynth_demo=de
                  fgsynth_search=search_run, fgsynth_label=label_run, fgsynth_export=export_run,
                  fgsynth_explore=explore_in_browser)
 optional = dict(fgsynth_explore='run') # what is given without its name, or not at all
+many = dict(fgsynth_export='to') # what may be several words
 file = Path(__file__).resolve().parent.parent/'fgsynth'/'commands.json'
 
 def described():
@@ -27,6 +28,7 @@ def described():
     for k,name in optional.items():
         option = next(o for o in commands[k]['options'] if o['dest']==name)
         option |= dict(flags=[], nargs='?')
+    for k,name in many.items(): next(o for o in commands[k]['options'] if o['dest']==name)['nargs'] = '+'
     res = dict(commands=commands, data_sets=list(data_sets))
     return json.dumps(res, indent=1, ensure_ascii=False) + '\n'
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from ..core import InputError
 from ..files import load_tensors, save_tensors
-from .networks import Encoder, cut_head, fast_depthwise, network_by_name, try_encoder
+from .networks import Encoder, cut_head, fast_depthwise, in_a_line, network_by_name, try_encoder
 from .masks import MaskedEncoder
 
 # %% ../../nbs/nets/03_encoders.ipynb #d66f4ad1
@@ -108,10 +108,12 @@ def load_weights(
                      f"{holds}hoose the architecture that they were made with.")
 
 # %% ../../nbs/nets/03_encoders.ipynb #385a179b
+_elsewhere = 'hf-hub:','local-dir:' # timm's names for a place with weights and how to build what they fill
+
 def _fast(enc): return fast_depthwise(enc).to(memory_format=torch.channels_last)
 
 def create_encoder(
-    arch='resnet18', # Name known to torchvision or timm, 'lite0', or an `nn.Module` of your own, which stays as it is
+    arch='resnet18', # Name known to torchvision or timm, 'lite0', 'hf-hub:USER/NAME', or an `nn.Module`, which stays
     pretrained=False, # True: the library's best ImageNet weights; or the name of torchvision weights
     weights=None, # Path of a local file with weights, used in place of `pretrained`
     size:int=None, # Image height and width, at which it is tried; networks of a fixed size (ViT, Swin) are built for it
@@ -119,6 +121,7 @@ def create_encoder(
     "An encoder by name, from random, pretrained or local weights"
     if isinstance(arch, Encoder): enc = deepcopy(arch)
     elif isinstance(arch, nn.Module): enc = Encoder(*cut_head(arch, size), size=size)
+    elif arch.startswith(_elsewhere): enc = _from_hub(arch, size)
     else: enc = network_by_name(arch, pretrained and not weights, size)
     if size: try_encoder(enc, size)
     enc = _fast(enc)
@@ -218,3 +221,43 @@ def input_format(
 )->dict: # `size` in pixels and `resize`, arguments of `load_images`
     "How image files become what an encoder was trained on"
     return dict(size=encoder.info['image_size'], resize=encoder.info.get('resize', 'crop'))
+
+# %% ../../nbs/nets/03_encoders.ipynb #a7410bbc
+def _hub_files(arch):
+    "config.json and model.safetensors of a name such as 'hf-hub:USER/NAME', downloaded if need be"
+    kind,_,name = arch.partition(':')
+    files = 'config.json','model.safetensors'
+    if kind=='local-dir': return [Path(name).expanduser()/o for o in files]
+    try: from huggingface_hub import hf_hub_download
+    except ImportError:
+        raise InputError("The Hugging Face Hub needs a package that is not installed: "
+                         "pip install 'fgsynth[hub]'.") from None
+    name,_,revision = name.partition('@')
+    try: return [Path(hf_hub_download(name, o, revision=revision or None)) for o in files]
+    except Exception as e:
+        raise InputError(f"{arch!r} could not be had from the Hugging Face Hub ({in_a_line(e)}): check the name and "
+                         "the network, and log in with 'hf auth login' if it is private.") from e
+
+# %% ../../nbs/nets/03_encoders.ipynb #a67aad2b
+def _read_form(arch, config):
+    "What to build, how to normalise, and for which images, as a config.json says it"
+    try: about = json.loads(config.read_text(encoding='utf-8'))
+    except (OSError, ValueError) as e:
+        raise InputError(f"{arch!r} has no config.json that can be read ({in_a_line(e)}): check the name.") from None
+    if 'fgsynth' in about: return about['fgsynth']
+    cfg = about.get('pretrained_cfg', about)
+    try: form = dict(arch=f"timm/{about['architecture']}", mean=cfg['mean'], std=cfg['std'])
+    except (KeyError, TypeError):
+        raise InputError(f"{arch!r} holds something else than an encoder of fgsynth or a network of timm: choose "
+                         "another.") from None
+    return form | dict(size=None, image_size=cfg.get('input_size', [None])[-1])
+
+# %% ../../nbs/nets/03_encoders.ipynb #2d50f8b1
+def _from_hub(arch, size):
+    "An encoder from the hub or a folder, with its weights"
+    config,weights = _hub_files(arch)
+    form = _read_form(arch, config)
+    enc = load_weights(build_encoder(form | dict(size=size or form['size'])), weights)
+    for name in 'mean','std': getattr(enc, name).copy_(torch.tensor(form[name]).view(1,3,1,1))
+    enc.info = form
+    return enc
