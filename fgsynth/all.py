@@ -26,6 +26,7 @@ from .data.check import *
 from .data.crops import *
 from .data.views import *
 from .data.loaders import *
+from .data.exchange import *
 
 # %% ../nbs/05_all.ipynb #3f562bbe
 from .nets.networks import *

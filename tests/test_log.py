@@ -152,7 +152,7 @@ def test_a_table_goes_on_with_the_same_command(tmp_path, monkeypatch, capsys):
     ('runs.measure','read_run',('fgsynth_eval','{}')),
     ('runs.demo','get_dataset',('fgsynth_demo','--small','--out','{}/demo')),
     ('own.search','read_run',('fgsynth_search','{}','x.png')), ('own.hub','export_encoder',('fgsynth_export','{}')),
-    ('own.label','read_labels',('fgsynth_label','{}','x.csv'))])
+    ('own.label','read_exchange',('fgsynth_label','{}','x.csv'))])
 def test_every_command_ends_in_one_sentence(room, name, args, tmp_path, monkeypatch, capsys):
     "Whatever it does first is interrupted"
     for o in 'settings.json','encoder.safetensors': (tmp_path/o).touch() # as if there was a run

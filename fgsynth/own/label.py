@@ -12,7 +12,8 @@ from ..core import InputError, check_name
 from ..cli import run_command
 from ..data.images import name_some
 from ..data.items import check_labels, class_name
-from ..data.annotations import name_finder, name_inside, read_labels
+from ..data.annotations import name_finder, name_inside
+from ..data.exchange import exchange_formats, read_exchange, write_exchange
 from ..data.sources import class_numbers
 from ..evaluate.features import check_features
 from ..evaluate.probe import fit_probe
@@ -130,6 +131,15 @@ def _write_predictions(file, names, labels, confidences):
             w.writerow(['file','label','confidence'])
             w.writerows(sorted(zip(names, labels, (f'{p:.3f}' for p in confidences))))
 
+# %% ../../nbs/own/02_label.ipynb #7aa3ef68
+def _write_for(format, file, predicted, given, root):
+    "All labels for another program"
+    if file.suffix!='.json':
+        raise InputError(f"The format {format!r} is JSON: let the name of --out {file} end in .json.")
+    with writing_to('predictions', file, 'file with --out'):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_exchange(file, [*sorted(predicted), *((name, label, None) for name,label in given)], root, format)
+
 # %% ../../nbs/own/02_label.ipynb #5effcc63
 def _print_classes(classes, n, recognised, predicted):
     "Class by class: images that had a label, share of them that was recognised, and images that got one"
@@ -148,20 +158,22 @@ def _print_accuracy(res, parts, held, commonest):
 @torch.no_grad()
 def label_run(
     run:str, # Folder of a run
-    labels:str, # Table (csv) with the columns file and label, for the images that you labelled
+    labels:str, # Table (csv) with the columns file and label, or JSON of Label Studio or FiftyOne: what you labelled
     classifier:str='probe', # probe (a linear layer) or knn (the vote of the most similar labelled images)
     data:str=None, # Folder of images; by default what the run was trained on
     path:str=None, # Where it lies, if `data` is the name of a data set
-    out:str=None, # Table to write; by default predictions.csv in the run
+    out:str=None, # File to write; by default predictions.csv, or .json, in the run
     index:str=None, # Folder that keeps the features; by default `index` in the run
     folds:int=5, # Parts of the cross-validation
     seed:int=0, # Chooses the parts
+    format:str='csv', # csv, label-studio or fiftyone
 )->dict: # 'accuracy', 'std', 'chance', 'temperature', 'labelled', 'predicted'
     "Train a classifier on a few labelled images, check it, and label all the others"
     check_name(classifier, classifiers, 'classifier')
+    check_name(format, exchange_formats, 'format')
     if folds<2:
         raise InputError(f"Cross-validation needs at least 2 parts, not {folds}: choose --folds 2 or more.")
-    table = read_labels(labels)
+    table = read_exchange(labels)
     ix = build_index(run, data, path, index)
     rows,y,classes = _labelled(table, ix, labels)
     n = torch.bincount(y, minlength=len(classes))
@@ -171,8 +183,11 @@ def label_run(
     t = fit_temperature(held, ys, len(y))
     rest = torch.ones(len(ix), dtype=torch.bool).index_fill(0, rows, False).nonzero()[:,0]
     said,sure = _predict(classifiers[classifier](z, y, len(classes)), ix, rest, t)
-    file = Path(out or Path(run)/'predictions.csv')
-    _write_predictions(file, [ix.names[i] for i in rest.tolist()], [classes[c] for c in said.tolist()], sure.tolist())
+    file = Path(out or Path(run)/f"predictions.{'csv' if format=='csv' else 'json'}")
+    found = [ix.names[i] for i in rest.tolist()],[classes[c] for c in said.tolist()],sure.tolist()
+    given = zip((ix.names[i] for i in rows.tolist()), (classes[c] for c in y.tolist()))
+    if format=='csv': _write_predictions(file, *found)
+    else: _write_for(format, file, zip(*found), given, ix.root)
     res = dict(accuracy=accs.mean().item(), std=accs.std().item(), chance=100*n.max().item()/len(y), temperature=t,
                labelled=len(y), predicted=len(rest))
     hit = held.argmax(1)==ys
