@@ -79,6 +79,7 @@ from .evaluate.monitor import *
 from .show.pictures import *
 from .show.page import *
 from .show.explore import *
+from .show.log import *
 
 # %% ../nbs/05_all.ipynb #c463e766
 from .runs.checkpoints import *
