@@ -27,8 +27,9 @@ blob = f"{cfg['git_url']}/blob/{cfg['branch']}"
 readme = re.sub(r'(!\[[^\]]*\]\()(?![a-z]+:|[#/])', rf'\g<1>{raw}/', readme)
 readme = re.sub(r'((?<!!)\[[^\]]*\]\()(?![a-z]+:|[#/])', rf'\g<1>{blob}/', readme)
 
-names = 'dev lite onnx faiss distrib completion app'.split()
-extras = {o: cfg.get(f'{o}_requirements', '').split() for o in names}
+names = 'dev lite onnx faiss distrib completion app hub tensorboard'.split()
+def extra(name): return cfg.get(f'{name}_requirements', '').split()
+extras = {o: extra(o) for o in names}
 
 setuptools.setup(
     name = cfg['lib_name'],
@@ -48,7 +49,8 @@ setuptools.setup(
     include_package_data = True,
     package_data = {cfg['lib_name']: ['presets/*.toml', 'example/*', 'commands.json']},
     install_requires = shlex.split(cfg.get('requirements', '')),
-    extras_require = extras | {'dev': sum(extras.values(), [])}, # developers test them all
+    # developers test them all but wandb, which is large and is imported by timm wherever it is installed
+    extras_require = extras | {'dev': sum(extras.values(), []), 'wandb': extra('wandb')},
     python_requires = '>=' + cfg['min_python'],
     long_description = readme,
     long_description_content_type = 'text/markdown',

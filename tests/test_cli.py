@@ -1,5 +1,5 @@
 "The commands as a user meets them: what goes right, and the one sentence for what goes wrong"
-import json, sys
+import csv, json, sys
 from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
@@ -9,7 +9,7 @@ from conftest import call
 from figures import without_figures
 from fgsynth.data.finches import finches
 from fgsynth.methods.learner import methods
-from fgsynth.nets.encoders import load_encoder
+from fgsynth.nets.encoders import create_encoder, load_encoder
 from fgsynth.runs.rows import read_runs
 from fgsynth.synth.controls import synth_modes
 from fgsynth.synth.perturb import MODES
@@ -57,6 +57,26 @@ def test_export(trained, monkeypatch, tmp_path, capsys):
     for args,words in (([trained,'--format','onxx'], "did you mean 'onnx'"), ([tmp_path], 'no finished run'),
                        ([trained,'--out',trained/'encoder.safetensors'], "run's own")):
         with pytest.raises(SystemExit) as e: call(monkeypatch, 'fgsynth_export', *args)
+        assert words in str(e.value)
+
+def test_export_to_a_folder(trained, monkeypatch, tmp_path, capsys):
+    "The encoder with its card; what was measured is in it, and no path of this machine"
+    if not (trained/'metrics.csv').is_file(): call(monkeypatch, 'fgsynth_eval', trained)
+    call(monkeypatch, 'fgsynth_export', trained, '--to', tmp_path/'own', '--license', 'mit')
+    x,enc = torch.rand(3,3,32,32),load_encoder(trained/'encoder.safetensors')
+    import timm
+    net = timm.create_model(f'local-dir:{tmp_path}/own', pretrained=True).eval()
+    with torch.no_grad():
+        assert torch.allclose(create_encoder(f'local-dir:{tmp_path}/own').eval()(x), enc(x), atol=1e-5)
+        assert torch.allclose(net((x-enc.mean)/enc.std), enc(x), atol=1e-4)
+    card = (tmp_path/'own/README.md').read_text(encoding='utf-8')
+    assert 'license: mit' in card and str(trained.parent) not in card and '/tmp' not in card
+    with open(trained/'metrics.csv', newline='', encoding='utf-8') as f: rows = list(csv.DictReader(f))
+    for row in rows: assert f"| {row['method']} |" in card and f"{float(row['map']):.1f}" in card
+    capsys.readouterr()
+    for args,words in ((['--to','hub'], '--to hub USER/NAME'), (['--to','hub','a','b'], '--to hub USER/NAME'),
+                       (['--to',trained], 'something else than an encoder'), (['--to','x','--size','32'], 'leave out')):
+        with pytest.raises(SystemExit) as e: call(monkeypatch, 'fgsynth_export', trained, *args)
         assert words in str(e.value)
 
 def test_flat_folder_trains_but_cannot_be_evaluated(photos, tmp_path, monkeypatch, undrawn):

@@ -256,6 +256,14 @@ def test_a_synthesizer_of_a_layer_comes_back_from_its_file(dls, items, tmp_path)
     back = Synthesizer.load(syn.save(tmp_path/'s.safetensors'))
     assert back.decoder.layer=='body.stages.1' and is_close(back(x).pert, syn(x).pert, 1e-6)
 
+def test_a_bank_of_codes_is_not_taken_for_features(dls, items):
+    "SimCLR's negatives in pictures are features of other images, and the bank has another number of channels"
+    learn = make(dls, pairs(), SimCLR())
+    learn.fit(1, .01)
+    assert learn.model.bank.d==8 and len(learn.model.bank) and learn.model.encoder.num_features==32
+    s = learn.synthesizer()
+    assert s.saliency.kind=='neg_cosine' and s(items.test[:4].float()/255).pert.shape==(4,3,32,32)
+
 def test_what_is_left_after_decoding_by_hand(trained, items):
     enc,dec = trained.model.encoder,trained.model.decoder
     got = evaluate(enc, items, 32, pcts=(1.,), decoder=dec, epochs=20)['decoded_top1']

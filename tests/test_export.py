@@ -36,3 +36,23 @@ def test_a_file_that_computes_something_else_does_not_survive(enc, tmp_path, mon
     monkeypatch.setitem(export._writers, 'exported', write_nonsense)
     with pytest.raises(RuntimeError, match='other features'): export_encoder(enc, tmp_path/'c.pt2', size=64)
     assert not list(tmp_path.glob('c*'))
+
+def test_a_token_is_never_printed(tmp_path, monkeypatch):
+    "Neither of a name that is one, nor of an error that repeats it"
+    from fgsynth.own.hub import upload
+    class Api:
+        def __init__(self, **kw): pass
+        def create_repo(self, name, **kw):
+            raise OSError('401 for token hf_abcDEF123')
+    monkeypatch.setattr('huggingface_hub.HfApi', Api)
+    with pytest.raises(InputError, match='failed') as e: upload(tmp_path, 'hf_secretNAME')
+    assert 'abcDEF' not in str(e.value) and 'secret' not in str(e.value)
+
+@pytest.mark.parametrize('text,words', [('{}', 'something else'), ('{"architecture": "resnet18"}', 'something else'),
+    ('not json', 'no config.json'), ('{"architecture": "nonesuch", "mean": [0,0,0], "std": [1,1,1]}', 'no architecture')])
+def test_a_folder_that_is_no_encoder_is_told(tmp_path, text, words):
+    (tmp_path/'config.json').write_text(text, encoding='utf-8')
+    with pytest.raises(InputError, match=words): create_encoder(f'local-dir:{tmp_path}')
+
+def test_a_folder_that_is_not_there_is_told(tmp_path):
+    with pytest.raises(InputError, match='no config.json'): create_encoder(f'local-dir:{tmp_path}/none')

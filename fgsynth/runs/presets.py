@@ -112,7 +112,7 @@ class Settings:
         path:str=None, # Where the data set lies
         cache_dir:str=None, # Folder that keeps decoded images for the next run, and more than fit into memory
         preset:str=None, # Settings for what is not given here: paper, cpu, smoke, ..., or your own file, *.toml
-        arch:str='resnet18', # Encoder: any classifier of torchvision or timm
+        arch:str='resnet18', # Encoder: any classifier of torchvision or timm, or hf-hub:USER/NAME
         size:int=64, # Height and width of the images in pixels, 32 or more
         keep:float=KEEP, # Side of the pictures that views are cut from, as a multiple of `size`; 1: centre squares
         resize:str='crop', # How pictures become squares: crop (their centre), or squish (the whole of them)

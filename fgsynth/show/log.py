@@ -40,10 +40,10 @@ def _to_files(learn, folder):
     return SimpleNamespace(picture=save, numbers=noop)
 
 def _to_tensorboard(learn):
-    writer = learn.tensor_board.writer
+    cb = learn.tensor_board # its writer is there when the fit has begun
     def numbers(found):
-        for name,v in found.items(): writer.add_scalar(name, v, learn.train_iter)
-    return SimpleNamespace(picture=lambda fig: writer.add_figure('pairs', fig, learn.train_iter, False), numbers=numbers)
+        for name,v in found.items(): cb.writer.add_scalar(name, v, learn.train_iter)
+    return SimpleNamespace(picture=lambda fig: cb.writer.add_figure('pairs', fig, learn.train_iter, False), numbers=numbers)
 
 def _to_wandb(learn):
     import wandb

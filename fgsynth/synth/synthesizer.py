@@ -77,7 +77,8 @@ def from_learner(cls:Synthesizer,
     bank,callback = getattr(net, 'bank', None),getattr(learn, 'perturb', None)
     v,unit = (None, 1.) if bank is None else (bank.std(), bank.unit())
     if callback and not callback.relative: unit = 1.
-    saliency = saliency_for_pictures(learn.ssl.saliency(), _known_features(bank))
+    others = _known_features(None if coder_of(net).layer else bank) # of a layer's map the bank holds no features
+    saliency = saliency_for_pictures(learn.ssl.saliency(), others)
     return deepcopy(cls(net.encoder, net.decoder, saliency, v, unit, **_noise_of(callback, bank)))
 
 # %% ../../nbs/synth/03_synthesizer.ipynb #98b0bdb9
