@@ -22,6 +22,9 @@ def test_the_light_parser_accepts_what_the_functions_own_does(name):
     if name in tool.optional: # given without its name, or not at all
         _,default,_,kind = want[tool.optional[name]]
         want[tool.optional[name]] = [],default,'?',kind
+    if name in tool.many: # several words
+        flags,default,*_ = want[tool.many[name]]
+        want[tool.many[name]] = flags,default,'+','str'
     assert options(ours)==want
 
 def test_no_parser_of_fastcores_when_a_command_runs():

@@ -48,8 +48,9 @@ def test_a_token_is_never_printed(tmp_path, monkeypatch):
     with pytest.raises(InputError, match='failed') as e: upload(tmp_path, 'hf_secretNAME')
     assert 'abcDEF' not in str(e.value) and 'secret' not in str(e.value)
 
-@pytest.mark.parametrize('text,words', [('{}', 'something else'), ('{"architecture": "resnet18"}', 'something else'),
-    ('not json', 'no config.json'), ('{"architecture": "nonesuch", "mean": [0,0,0], "std": [1,1,1]}', 'no architecture')])
+@pytest.mark.parametrize('text,words', [
+    ('{}', 'something else'), ('{"architecture": "resnet18"}', 'something else'), ('not json', 'no config.json'),
+    ('{"architecture": "nonesuch", "mean": [0,0,0], "std": [1,1,1]}', 'no architecture')])
 def test_a_folder_that_is_no_encoder_is_told(tmp_path, text, words):
     (tmp_path/'config.json').write_text(text, encoding='utf-8')
     with pytest.raises(InputError, match=words): create_encoder(f'local-dir:{tmp_path}')

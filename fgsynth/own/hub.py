@@ -86,7 +86,7 @@ def start_of(
                               "the package is under the Apache licence 2.0", None)
     if arch in torchvision.models.list_models(module=torchvision.models):
         return (f"torchvision's ImageNet weights of `{arch}`",
-                "torchvision publishes under the BSD licence (bsd-3-clause); the images behind them may ask for more", None)
+                "torchvision publishes under the BSD licence; the images behind them may ask for more", None)
     return _timm_start(arch.removeprefix('timm/'))
 
 # %% ../../nbs/own/05_hub.ipynb #7c2dbd87
@@ -123,10 +123,11 @@ def _results(row):
 
 # %% ../../nbs/own/05_hub.ipynb #85c6b934
 def _measured(rows):
+    "The table of measures, in words"
     if not rows: return "Nothing was measured; `fgsynth_eval` does it."
-    return (f"Percent, on the test images of {rows[-1]['data']}: top-1 of a linear probe on the frozen encoder with 100, "
-            "50 and 20 % of the labels, and retrieval. ± is half of the 95 % interval over the test images; training "
-            f"again varies more. *start* is the encoder before this training.\n\n{markdown_rows(rows)}")
+    return (f"Percent, on the test images of {rows[-1]['data']}: top-1 of a linear probe on the frozen encoder, with "
+            "100, 50 and 20 % of the labels, and retrieval. ± is half of the 95 % interval over the test images; "
+            f"training again varies more. *start* is the encoder before this training.\n\n{markdown_rows(rows)}")
 
 def _settings(enc):
     "A table of all settings that say nothing about anybody's disk"
@@ -158,9 +159,9 @@ def model_card(
     "What a reader has to know of the encoder of a run"
     hub,s,enc,rows = _hub(),read_complete_run(run),encoder_of(run),_read_measures(run)
     start,terms,base = start_of(s)
-    tags = ['self-supervised-learning','fine-grained','feature-extraction', s['method'], *(['timm'] if timms else [])]
-    data = hub.ModelCardData(library_name='timm' if timms else 'fgsynth', pipeline_tag='image-feature-extraction', tags=tags,
-                             license=license, base_model=base, model_name=name.split('/')[-1],
+    tags,library = ['self-supervised-learning','fine-grained', s['method']],'timm' if timms else 'fgsynth'
+    data = hub.ModelCardData(library_name=library, tags=tags, pipeline_tag='image-feature-extraction', license=license,
+                             base_model=base, model_name=name.split('/')[-1],
                              eval_results=_results(rows[-1]) if rows else None)
     parts = [f"# {name.split('/')[-1]}", _summary(s, start), '## Load it',
              _how_to_load(name, enc, timms), '## What was measured', _measured(rows), s.get('monitored', ''),
@@ -170,8 +171,8 @@ def model_card(
 def _summary(s, start):
     pairs = '' if s['synth']=='none' else f", with synthesized pairs ({s['synth']})"
     where = Path(s['data']).name
-    return (f"An encoder (`{s['arch']}`) for images that look alike, trained without labels by {s['method']}{pairs}, on "
-            f"{s['images']:,} images of {where} at {s['size']} pixels, from {start}, with "
+    return (f"An encoder (`{s['arch']}`) for images that look alike, trained without labels by {s['method']}{pairs}, "
+            f"on {s['images']:,} images of {where} at {s['size']} pixels, from {start}, with "
             f"[fgsynth](https://github.com/fgsynth/fgsynth) {fgsynth.__version__}.")
 
 # %% ../../nbs/own/05_hub.ipynb #20209b10
@@ -238,8 +239,9 @@ def share_run(
     else:
         with tempfile.TemporaryDirectory() as tmp:
             print(f"Uploaded to {upload(write_folder(run, Path(tmp)/'it', name, license), name, private)}")
-    if not license: print(f'The card names no licence; the start was {"; ".join(start_of(read_complete_run(run))[:2])}. '
-                          f'--license adds one.')
+    if not license:
+        start,terms,_ = start_of(read_complete_run(run))
+        print(f'The card names no licence, --license adds one. The start was {start}; {terms}.')
 
 # %% ../../nbs/own/05_hub.ipynb #38a2bfca
 def export_run(

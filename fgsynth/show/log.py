@@ -29,7 +29,8 @@ class LogPairs(Callback):
 
     def picture(self):
         "The pairs with the networks as they are now, a figure"
-        return show_pairs(Synthesizer.from_learner(self.learn)(images_to_show(self.learn, self.x, self.max_n)), self.max_n)
+        x = images_to_show(self.learn, self.x, self.max_n)
+        return show_pairs(Synthesizer.from_learner(self.learn)(x), self.max_n)
 
 # %% ../../nbs/show/05_log.ipynb #b6f29b60
 def _to_files(learn, folder):
@@ -43,7 +44,8 @@ def _to_tensorboard(learn):
     cb = learn.tensor_board # its writer is there when the fit has begun
     def numbers(found):
         for name,v in found.items(): cb.writer.add_scalar(name, v, learn.train_iter)
-    return SimpleNamespace(picture=lambda fig: cb.writer.add_figure('pairs', fig, learn.train_iter, False), numbers=numbers)
+    def picture(fig): cb.writer.add_figure('pairs', fig, learn.train_iter, close=False)
+    return SimpleNamespace(picture=picture, numbers=numbers)
 
 def _to_wandb(learn):
     import wandb
