@@ -68,6 +68,14 @@ def test_titles_differ():
     titles = [source(cells(nbs_dir/o)[0]).splitlines()[0][2:].lower().removeprefix('the ') for o in ids]
     assert not (same := sorted({t for t in titles if titles.count(t)>1})), same
 
+@pytest.mark.parametrize('page', sorted(o for o in ids if o.startswith('tutorials/')))
+def test_tutorials_open_in_colab(page):
+    "By a button that names this page, and with a first cell of code that installs the package there"
+    there = cells(nbs_dir/page)
+    address = f"https://colab.research.google.com/github/{cfg['user']}/{cfg['repo']}/blob/main/nbs/{page}"
+    assert source(there[1]).endswith(f']({address})')
+    assert re.search(r"if 'google.colab' in .*\n    %pip install", source(there[2]))
+
 def test_version_in_the_footer():
     assert settings_of_site['website']['page-footer']['left'].split()[-1]==cfg['version']
 
