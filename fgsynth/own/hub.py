@@ -8,6 +8,7 @@ __all__ = ['timm_network', 'write_network', 'start_of', 'model_card', 'write_fol
 
 # %% ../../nbs/own/05_hub.ipynb #60a570bf
 import csv, json, re, tempfile, timm, torchvision, fgsynth
+from timm.models._hub import save_for_hf
 from contextlib import suppress
 from pathlib import Path
 from fastcore.basics import ifnone
@@ -53,13 +54,14 @@ def write_network(
     folder, # Folder to write to
 )->bool: # Is it a network of timm?
     "Write model.safetensors and config.json"
-    folder,stats,given = Path(folder),{k:getattr(enc, k).flatten().tolist() for k in ('mean','std')},input_format(enc)
+    folder,given = Path(folder),input_format(enc)
+    stats = {k:[round(o, 7) for o in getattr(enc, k).flatten().tolist()] for k in ('mean','std')}
     form = {**enc.form(), **stats, 'image_size':given['size'], 'resize':given['resize']}
     folder.mkdir(parents=True, exist_ok=True)
     if net := timm_network(enc, given['size']):
         net.pretrained_cfg = _describe(net, form)
         fixed = dict(img_size=enc.size) if enc.size else {}
-        timm.models.save_for_hf(net, folder, dict(fgsynth=form), model_args=fixed, safe_serialization=True)
+        save_for_hf(net, folder, dict(fgsynth=form), model_args=fixed, safe_serialization=True)
     else:
         save_tensors(enc.state_dict(), folder/'model.safetensors', dict(format='pt'))
         write_json(folder/'config.json', dict(num_features=enc.num_features, fgsynth=form))
