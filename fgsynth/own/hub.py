@@ -8,7 +8,7 @@ __all__ = ['timm_network', 'write_network', 'start_of', 'model_card', 'write_fol
 
 # %% ../../nbs/own/05_hub.ipynb #60a570bf
 import csv, json, re, tempfile, timm, torchvision, fgsynth
-from timm.models._hub import save_for_hf
+from timm.models._hub import has_hf_hub, save_for_hf
 from contextlib import suppress
 from pathlib import Path
 from fastcore.basics import ifnone
@@ -39,6 +39,16 @@ def timm_network(
     return net if difference(lambda x: net((x-enc.mean)/enc.std), enc, size)<=1e-3 else None
 
 # %% ../../nbs/own/05_hub.ipynb #9a9c8dcf
+def _hub():
+    "The package of the Hugging Face Hub"
+    try: import huggingface_hub
+    except ImportError:
+        raise InputError("The Hugging Face Hub needs a package that is not installed: "
+                         "pip install 'fgsynth[hub]'.") from None
+    if not has_hf_hub():
+        raise InputError("This timm is older than what it needs of the Hugging Face Hub: pip install -U timm.")
+    return huggingface_hub
+
 _still_true = 'architecture','first_conv','classifier','fixed_input_size' # of what timm says of a network
 
 def _describe(net, form):
@@ -58,6 +68,7 @@ def write_network(
     stats = {k:[round(o, 7) for o in getattr(enc, k).flatten().tolist()] for k in ('mean','std')}
     form = {**enc.form(), **stats, 'image_size':given['size'], 'resize':given['resize']}
     folder.mkdir(parents=True, exist_ok=True)
+    _hub()
     if net := timm_network(enc, given['size']):
         net.pretrained_cfg = _describe(net, form)
         fixed = dict(img_size=enc.size) if enc.size else {}
@@ -103,14 +114,6 @@ def _read_measures(run):
         return [{k:value(v) for k,v in row.items()} for row in csv.DictReader(f)][::-1]
 
 # %% ../../nbs/own/05_hub.ipynb #9a5bd336
-def _hub():
-    "The package of the Hugging Face Hub"
-    try: import huggingface_hub
-    except ImportError:
-        raise InputError("The Hugging Face Hub needs a package that is not installed: "
-                         "pip install 'fgsynth[hub]'.") from None
-    return huggingface_hub
-
 _scores = {'top1_100':('accuracy','top-1 of a linear probe, 100 % of the labels'),
            'top1_50':('accuracy','top-1 of a linear probe, 50 % of the labels'),
            'top1_20':('accuracy','top-1 of a linear probe, 20 % of the labels'),
